@@ -59,7 +59,7 @@ class Budget:
         self.clock,self.steady,self.every = clock,steady,every
         self._open(started)
 
-# %% ../nbs/33_budget.ipynb #a980739f
+# %% ../nbs/33_budget.ipynb #ff3627c7
 def _read(path):
     "The entries of a ledger; a damaged one is an error, never a new start"
     if path is None or not path.exists(): return []
@@ -74,6 +74,7 @@ def _open(self:Budget, started):
     "Go on with the last entry if it is this pod's at this price, else begin one"
     self.entries,now = _read(self.ledger),self.clock()
     last = self.entries[-1] if self.entries else None
+    if last and not self.pod: last['last'] = now # a machine of your own costs nothing between two runs
     if last is None or last['pod']!=self.pod: self.entries.append(dict(pod=self.pod, price=self.price, start=started or now, last=started or now, seconds=0.))
     elif last['price']!=self.price:
         last['seconds'] += max(0., now-last['last']); last['last'] = now

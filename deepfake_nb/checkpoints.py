@@ -6,8 +6,8 @@
 __all__ = ['MODELS', 'CheckpointError', 'weights_bytes', 'state_bytes', 'describe', 'commit', 'damage', 'save_checkpoint',
            'Found', 'latest', 'fill', 'load_checkpoint', 'tidy', 'build', 'save_weights', 'load_model', 'Lease']
 
-# %% ../nbs/32_checkpoints.ipynb #e161e559
-import errno,functools,hashlib,importlib.metadata,io,json,os,pickle,shutil,socket,subprocess,uuid
+# %% ../nbs/32_checkpoints.ipynb #1a394755
+import errno,fcntl,functools,hashlib,importlib.metadata,io,json,os,pickle,shutil,socket,subprocess,uuid
 import torch,safetensors.torch,deepfake_nb
 from dataclasses import dataclass,asdict,is_dataclass
 from fastcore.basics import patch
@@ -254,7 +254,7 @@ def _now(folder):
     try: return probe.stat().st_mtime
     finally: probe.unlink()
 
-# %% ../nbs/32_checkpoints.ipynb #e98fd1d6
+# %% ../nbs/32_checkpoints.ipynb #8a6360b2
 class Lease:
     "The right to write in a folder, held by one process at a time"
     def __init__(self,
@@ -269,23 +269,27 @@ class Lease:
         "What the lease says, or None"
         try: return read_json(self.path)
         except FileNotFoundError: return None
-        except ValueError: return {}
+        except ValueError: return dict(owner='someone whose lease cannot be read')
     def age(self)->float: # s since its last heartbeat
         return self.clock()-self.path.stat().st_mtime
     def __enter__(self): return self.acquire()
     def __exit__(self, *a): self.release()
 
-# %% ../nbs/32_checkpoints.ipynb #528bc14d
+# %% ../nbs/32_checkpoints.ipynb #378a4d39
 def _mine(self):
     "A new lease file's content"
     self.token = uuid.uuid4().hex
     return json.dumps(dict(token=self.token, owner=self.owner, host=socket.gethostname(), place=_place(), pid=os.getpid(), started=_process(os.getpid()))).encode()
 
 def _create(path, data):
-    "Create `path` with `data` if it is not there; False if it is"
-    try: fd = os.open(path, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o644)
+    "Create `path` with `data` in it if it is not there; False if it is. The name appears together with the content"
+    new = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
+    fd = os.open(new, os.O_CREAT|os.O_EXCL|os.O_WRONLY, 0o644)
+    try:
+        with os.fdopen(fd, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        os.link(new, path)
     except FileExistsError: return False
-    with os.fdopen(fd, 'wb') as f: f.write(data); f.flush(); os.fsync(f.fileno())
+    finally: new.unlink()
     return True
 
 def _free(self, held):
@@ -295,25 +299,27 @@ def _free(self, held):
     if same and _process(held['pid'])!=held['started']: return f"its process {held['pid']} on this machine is gone"
     return ''
 
-# %% ../nbs/32_checkpoints.ipynb #0de57cec
+# %% ../nbs/32_checkpoints.ipynb #b04c378b
 @patch
 def acquire(self:Lease):
     "Create the lease, or take over a stale one; refused while it is fresh"
     self.path.parent.mkdir(parents=True, exist_ok=True)
     if _create(self.path, _mine(self)): return self
     held = self.read()
+    try: why = held and _free(self, held)
+    except FileNotFoundError: held = None
     if held is None: return self.acquire()
-    if not (why := _free(self, held)): raise CheckpointError(self.path, f"held by {held.get('owner') or 'another process'} (process {held.get('pid')} on {held.get('host')})", f'Wait until it ends, or {self.stale:.0f} s after its last heartbeat')
+    if not why: raise CheckpointError(self.path, f"held by {held.get('owner') or 'another process'} (process {held.get('pid')} on {held.get('host')})", f'Wait until it ends, or {self.stale:.0f} s after its last heartbeat')
     return _take(self, held, why)
 
 def _take(self, held, why):
-    "Replace a stale lease; of several takers, one"
-    mark,data = self.path.with_name(f'{self.path.name}.taking'),_mine(self)
-    if not _create(mark, b''): raise CheckpointError(mark, 'another process is taking this lease over', 'If none is, delete this file')
-    try:
+    "Replace a stale lease; of several takers, one. The lock on the file beside it ends with the process that holds it"
+    data = _mine(self)
+    with open(self.path.with_name(f'{self.path.name}.taking'), 'ab') as mark:
+        try: fcntl.flock(mark, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except BlockingIOError as e: raise CheckpointError(self.path, 'another process is taking this lease over', 'Wait until it ends') from e
         if self.read()!=held: raise CheckpointError(self.path, 'another process took it over first', 'Wait until it ends')
         atomic_write(self.path, lambda p: p.write_bytes(data))
-    finally: mark.unlink()
     self.said = f"lease of {held.get('owner') or 'another process'} taken over: {why}"
     return self
 

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['SELF', 'UNITS', 'LADDER', 'FEATURES', 'FINAL', 'Gate', 'WORDS', 'EvaluationError', 'LeakError', 'forged_key',
-           'precision_context', 'colours', 'score_pairs', 'labelled_clips', 'clip_loader', 'within', 'check_people',
-           'judge', 'counts', 'judge_pairs', 'surround', 'cross_validated', 'codec_features', 'probe_table',
-           'codec_probe', 'score_histogram', 'roc_figure', 'worst', 'worst_clips', 'auc_over_time', 'GateError',
-           'final_test', 'outcome', 'gate']
+           'precision_context', 'colours', 'score_pairs', 'within', 'check_people', 'judge', 'counts', 'judge_pairs',
+           'surround', 'cross_validated', 'codec_features', 'probe_table', 'codec_probe', 'score_histogram',
+           'roc_figure', 'worst', 'worst_clips', 'auc_over_time', 'GateError', 'final_test', 'outcome', 'gate']
 
-# %% ../nbs/40_evaluation.ipynb #7d996b15
+# %% ../nbs/40_evaluation.ipynb #b30a12c3
 import re,numpy as np,pandas as pd,torch,matplotlib.pyplot as plt
 from collections import namedtuple
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 from .metrics import *
 from .show import curves,strip
 from .video import recompress
-from .batches import Batch,normalise,pair_loader,collate
+from .batches import normalise,pair_loader
 
 # %% ../nbs/40_evaluation.ipynb #fc17db40
 class EvaluationError(Exception):
@@ -85,32 +84,6 @@ def _rows(b, score):
     made = [label[i]==1 and (b.key[i],int(b.pair[i])) in reals for i in range(n)]      # a fake with a real's key is made of it
     return [dict(key=forged_key(k) if m else k, source=video_of(k), group=g, pair=int(p), label=y, start=int(t), score=float(s), blend=m)
             for k,g,p,y,t,s,m in zip(b.key, b.group, b.pair, label, b.start, score, made)]
-
-# %% ../nbs/40_evaluation.ipynb #3d16a187
-def labelled_clips(
-    store, # a `FaceStore` of reals and fakes
-    length:int, # T, consecutive frames
-    clips:int=4, # evenly spaced in each track; fewer in a short one
-)->list: # of (track, start)
-    "Which clips of a gate set are judged: no chance in it"
-    at = [(t, int(a)) for t in store.tracks if t.frames>=length for a in np.unique(np.linspace(0, t.frames-length, clips).astype(int))]
-    if not at: raise EvaluationError(f'no track of {length} frames among {len(store.tracks)}: no face was found, or the videos are too short')
-    return at
-
-# %% ../nbs/40_evaluation.ipynb #f84970cc
-def clip_loader(
-    store, # a `FaceStore` of reals and fakes
-    length:int, # T, consecutive frames
-    clips:int=4, # of each track
-    size:int=8, # clips in a batch
-): # yields `Batch`es
-    "Labelled clips of a store, track by track"
-    at = labelled_clips(store, length, clips)
-    for i in range(0, len(at), size):
-        some = at[i:i+size]; c = [store.read(t.key, a, length) for t,a in some]
-        yield Batch(frames=torch.from_numpy(np.stack([x.frames for x in c])).permute(0,1,4,2,3), mask=None, landmarks=torch.from_numpy(np.stack([x.landmarks for x in c])),
-                    times=torch.from_numpy(np.stack([x.times for x in c])), label=torch.tensor([t.label for t,_ in some]), key=[t.key for t,_ in some],
-                    pair=torch.arange(i, i+len(some)), group=[t.group for t,_ in some], start=[a for _,a in some])
 
 # %% ../nbs/40_evaluation.ipynb #54c884dd
 UNITS = {'pair':'pair', 'video':'source', 'group':'group'}
@@ -310,7 +283,7 @@ def auc_over_time(
     ax.axhline(.5, c='.8', zorder=0); ax.set_ylim(0, 1)
     return ax
 
-# %% ../nbs/40_evaluation.ipynb #e814a82b
+# %% ../nbs/40_evaluation.ipynb #7f9856c7
 class GateError(EvaluationError):
     "A gate that may not be read"
 
@@ -321,10 +294,10 @@ def final_test(
     split:str='', # of the manifest
 )->str: # why it is one, or ''
     "Is this a set that is kept for the very end?"
-    words = re.findall('[a-z0-9]+', f'{name} {split}'.lower()); rest = [''.join(words[i:]) for i in range(len(words))]
-    held = {'val','valid','validation','train'} & set(words)
+    words = re.findall('[a-z0-9]+', name.lower()); rest = [''.join(words[i:]) for i in range(len(words))]
+    held = {'val','valid','validation','train'} & set(words)       # said by the name itself: a folder is called quickly `split='val'`
     if any(r.startswith(f) for r in rest for f in FINAL) and not held: return f'{name} is a set for the final test'
-    return f'{name} {split}'.strip()+' is a test split' if 'test' in words else ''
+    return f'{name} {split}'.strip()+' is a test split' if 'test' in words+[split.lower()] else ''
 
 # %% ../nbs/40_evaluation.ipynb #d9945015
 Gate = namedtuple('Gate', 'outcome name reason')

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TrainingError', 'TrainConfig', 'cosine_lr', 'groups', 'to_device', 'History', 'Loop', 'rng_state',
-           'set_rng_state', 'stop_signals', 'bar', 'train', 'by_epochs', 'Stage', 'stage_config']
+           'set_rng_state', 'stop_signals', 'bar', 'train', 'by_epochs', 'KeepBest', 'Stage', 'stage_config']
 
-# %% ../nbs/35_training.ipynb #1a99e533
+# %% ../nbs/35_training.ipynb #aeebdcc3
 import itertools,math,os,random,signal,sys,threading,time
 import numpy as np,torch
 from collections import deque
@@ -16,7 +16,8 @@ from fastcore.basics import patch,store_attr
 from IPython import get_ipython
 from pathlib import Path
 from tqdm import tqdm
-from .checkpoints import Lease,latest,load_checkpoint,save_checkpoint,tidy
+from .pack import read_json
+from .checkpoints import Lease,latest,load_checkpoint,save_checkpoint,save_weights,tidy
 from .journal import Journal,LiveFigure,plain
 
 # %% ../nbs/35_training.ipynb #96976d5f
@@ -261,7 +262,7 @@ def end(self:Loop, why):
     self.model.eval()
     return h
 
-# %% ../nbs/35_training.ipynb #e7eba4d7
+# %% ../nbs/35_training.ipynb #b8afb6f5
 @contextmanager
 def stop_signals(
     on, # called with the signal's name at the first
@@ -277,10 +278,19 @@ def stop_signals(
     finally:
         for n,h in old.items(): signal.signal(n, signal.SIG_DFL if h is None else h)
 
+# %% ../nbs/35_training.ipynb #c1626ab0
+class _NoBar:
+    "A bar that nobody asked for"
+    def update(self): pass
+    def set_postfix(self, **kw): pass
+    def close(self): pass
+
 def bar(total, first, show):
     "A progress bar: lively where somebody watches, a line in 30 s where nobody does"
+    if not show: return _NoBar()
+    tqdm.set_lock(threading.RLock())
     watched = sys.stderr.isatty() or (get_ipython() is not None and 'DEEPFAKE_NB_RUN' not in os.environ)
-    return tqdm(total=total, initial=first, disable=not show, mininterval=.5 if watched else 30, unit='step')
+    return tqdm(total=total, initial=first, mininterval=.5 if watched else 30, unit='step')
 
 # %% ../nbs/35_training.ipynb #766c2a74
 @patch
@@ -335,6 +345,34 @@ def by_epochs(
             yield from make(epoch, first)
             epoch,first = epoch+1,0
     return loader_fn
+
+# %% ../nbs/35_training.ipynb #e7a30981
+class KeepBest:
+    "An `evaluate` for `train` that keeps weights under a name: the best on validation people, or the last"
+    def __init__(self,
+        judge, # model -> dict with `metric`
+        folder, # of the model
+        name:str, # of the weights
+        choose:bool, # True: the judged people are for choosing; False: they are watched only
+        selection:str='', # the rule in words, for the card
+        metric:str='auc', # larger is better
+        resume:bool=True, # a better one of an earlier start counts
+    ):
+        store_attr(); self.best,self.card = -math.inf,Path(folder)/f'{name}.json'
+        if resume and choose and self.card.exists(): self.best = read_json(self.card)['extra']['best']
+
+    def __call__(self, model):
+        got = self.judge(model)
+        if self.choose and got[self.metric]>self.best: self.best = got[self.metric]; self._save(model, best=self.best)
+        return got
+
+    def finish(self, model, history)->dict: # what the card says beside the model: selection, sha256, ...
+        "After training: the last weights, unless better ones were chosen"
+        if not self.choose: self._save(model, last_step=len(history.steps), stopped_by=history.reason)
+        card = read_json(self.card)
+        return card['extra']|dict(sha256=next(iter(card['files'].values()))['sha256'])
+
+    def _save(self, model, **extra): save_weights(self.folder, self.name, model, extra=dict(extra, selection=self.selection))
 
 # %% ../nbs/35_training.ipynb #31c4bd05
 @dataclass(frozen=True)

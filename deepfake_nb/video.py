@@ -88,12 +88,12 @@ def _upright(frame):
     m = next((s for s in frame.side_data if s.type.name=='DISPLAYMATRIX'), None)
     return image if m is None else _turned(image, np.frombuffer(bytes(m), np.int32)[[0,1,3,4]])
 
-# %% ../nbs/03_video.ipynb #e34d53ca
+# %% ../nbs/03_video.ipynb #e2d5cca0
 _Place = namedtuple('_Place', 'order gop leading')
 
 class _Ledger:
     "Which frames rest on nothing damaged. Packets come in the order of decoding, frames in the order of showing"
-    def __init__(self): self.last,self.key,self.waiting,self.broken,self.failed,self.risk = _Place(0, 0, False),None,{},{},set(),set()
+    def __init__(self): self.last,self.key,self.waiting,self.broken,self.failed,self.risk,self.passed = _Place(0, 0, False),None,{},{},set(),set(),set()
     def sent(self, packet):
         "A packet goes to the decoder: its place in line, and whether it is shown before the key frame that it follows"
         if packet.is_keyframe: self.key = packet.pts
@@ -109,12 +109,13 @@ class _Ledger:
         self.hurt(self.last); self.failed.add(self.last.order); self.risk |= set(self.waiting)
     def damaged(self, place): return place.order>=self.broken.get(place.gop, np.inf) or (place.leading and place.gop-1 in self.broken)
 
-# %% ../nbs/03_video.ipynb #451feca1
+# %% ../nbs/03_video.ipynb #a0793676
 @patch
 def overdue(self:_Ledger, pts):
     "How many damaged packets should have been shown before `pts` and were not"
     gone = {p:self.waiting.pop(p) for p in list(self.waiting) if p<pts}
-    return sum(p in self.risk or self.damaged(o) for p,o in gone.items())
+    lost = {p for p,o in gone.items() if p in self.risk or self.damaged(o)}; self.passed |= lost
+    return len(lost)
 
 @patch
 def shown(self:_Ledger, frame):
@@ -174,7 +175,7 @@ def _check(self:VideoFile, w, h):
     "Refuse sides that no video has"
     if w*h>self.caps.pixels: raise VideoError(self.name, f'{w} x {h} pixels, the cap is {self.caps.pixels} in all', 'scale it down, or raise Caps.pixels')
 
-# %% ../nbs/03_video.ipynb #b3c423db
+# %% ../nbs/03_video.ipynb #9b0d8b6f
 def _packets(c, s, lose):
     "Packets of one stream; if the file breaks off, that is noted, and None ends them"
     packets,failed = c.demux(s),False
@@ -182,6 +183,7 @@ def _packets(c, s, lose):
         try: p = next(packets, None)
         except _BROKEN: p,failed = None,True
         if p is None: break
+        if c.format.name=='avi' and s.type=='video': p.pts = None
         if p.size: yield p
     if failed or c.file.file.failed: lose('the file breaks off')
     yield None
@@ -189,20 +191,22 @@ def _packets(c, s, lose):
 @patch
 def _decoded(self:VideoFile, c, s):
     "Each decoded frame in the order of showing, how many were swallowed before it, and why it is lost ('' if it is not)"
-    book,held = _Ledger(),[]
+    book,held,unplaced = _Ledger(),[],0
     for p in _packets(c, s, self._lose):
         if p: book.sent(p)
         try: frames = s.decode(p)
-        except _BROKEN: frames = []; p and book.error(p)
-        for f in frames: held.append((f, book.overdue(f.pts) if f.pts is not None else 0, book.shown(f)))
+        except _BROKEN: frames,unplaced = [],unplaced+(p is not None and p.pts is None); p and book.error(p)
+        for f in frames:
+            n,unplaced = (unplaced,0) if f.pts is None else (book.overdue(f.pts),unplaced)
+            if f.pts not in book.passed: held.append((f, n, book.shown(f)))
         while held and (p is None or book.settled(held[0][2])): f,n,place = held.pop(0); yield f,n,book.why(f, place)
-    yield None,book.overdue(np.inf),''
+    yield None,book.overdue(np.inf)+unplaced,''
 
-# %% ../nbs/03_video.ipynb #baef3075
+# %% ../nbs/03_video.ipynb #1ebb1bf1
 @patch
 def __iter__(self:VideoFile):
     "Each whole frame with its number and time"
-    self._forget(); index,kept,due = 0,0,None
+    self._forget(); index,kept,due,last = 0,0,None,-np.inf
     with _container(self.source, self.name, self.caps) as c:
         s = self._describe(c); zero,usual = (c.start_time or 0)/av.time_base,1/self.rate
         steady,seen = s.average_rate==s.base_rate and 'mp4' in c.format.name,0
@@ -214,7 +218,9 @@ def __iter__(self:VideoFile):
             if time>self.caps.seconds: raise VideoError(self.name, f'a frame at {time:.0f} seconds, the cap is {self.caps.seconds:.0f}', 'cut it, or raise Caps.seconds')
             jump = 0 if due is None else time-due-failed*usual
             if jump>(.6*usual if steady or self.lost>seen else max(.5, 5*usual)): index += self._lose('jump in time', round(jump/usual))
-            due = time+max(usual, 0 if steady else float((f.duration or 0)*s.time_base))
+            due = max(due or 0, time+max(usual, 0 if steady else float((f.duration or 0)*s.time_base)))
+            if time<=last: why = 'out of order'
+            last = max(last, time)
             image = None if why else _upright(f)
             if not why and self.width and image.shape[:2]!=(self.height, self.width): why = 'another size'
             if why: self._lose(why)

@@ -60,26 +60,29 @@ def test_kill_during_saves(tmp_path, capsys):
     with capsys.disabled(): print(f'\nkill -9 during saves: {good} of {n} resumable at the last step reported (seed {seed}; {debris} kills left debris)')
     assert good==n
 
-def test_kill_at_every_operation(tmp_path, monkeypatch):
+def dying(k, f):
+    "Do `f` in a process that ends at its `k`-th file operation"
+    count = [0]
+    def wrap(g):
+        def h(*a, **kw):
+            count[0] += 1
+            if count[0]==k: os._exit(9)
+            return g(*a, **kw)
+        return h
+    def go():
+        for name in ('replace','fsync','open','link'): setattr(os, name, wrap(getattr(os, name)))
+        for name in ('unlink','write_bytes'): setattr(Path, name, wrap(getattr(Path, name)))
+        f(); return 0
+    return ended(fork(go))
+
+def test_kill_at_every_operation(tmp_path):
     "The process ends at the 1st, 2nd, ... file operation of a save: something sound is there each time"
-    def dying(k):
-        count = [0]
-        def wrap(f):
-            def g(*a, **kw):
-                count[0] += 1
-                if count[0]==k: os._exit(9)
-                return f(*a, **kw)
-            return g
-        os.replace,os.fsync,os.open = wrap(os.replace),wrap(os.fsync),wrap(os.open)
-        Path.unlink,Path.write_bytes = wrap(Path.unlink),wrap(Path.write_bytes)
-        save(tmp_path/'now', 30, 100)
-        return 0
     k = 0
     save(tmp_path/'old', 10, 100); save(tmp_path/'old', 20, 100)
     found = []
     while True:
         k += 1; shutil.rmtree(tmp_path/'now', ignore_errors=True); shutil.copytree(tmp_path/'old', tmp_path/'now')
-        code = ended(fork(lambda: dying(k)))
+        code = dying(k, lambda: save(tmp_path/'now', 30, 100))
         found.append(check(tmp_path/'now'))
         if code==0: break
         assert code==9
@@ -135,16 +138,8 @@ def test_named_weights_survive_a_kill(tmp_path):
     save_weights(tmp_path/'old', 'best', at(1, 100)[0])
     for k in range(1, 30):
         shutil.rmtree(tmp_path/'now', ignore_errors=True); shutil.copytree(tmp_path/'old', tmp_path/'now')
-        def dying(count=[0]):
-            def wrap(f):
-                def g(*a, **kw):
-                    count[0] += 1
-                    if count[0]==k: os._exit(9)
-                    return f(*a, **kw)
-                return g
-            os.replace,os.fsync,Path.unlink = wrap(os.replace),wrap(os.fsync),wrap(Path.unlink)
-            save_weights(tmp_path/'now', 'best', at(2, 100)[0])
-        code = ended(fork(dying)); got = ck.load_model(tmp_path/'now', 'best').w.unique().tolist()
+        code = dying(k, lambda: save_weights(tmp_path/'now', 'best', at(2, 100)[0]))
+        got = ck.load_model(tmp_path/'now', 'best').w.unique().tolist()
         assert got in ([1.],[2.])
         if code==0: break
     assert code==0 and got==[2.] and k>4
@@ -188,3 +183,16 @@ def test_lease_of_a_killed_process_is_free_at_once(tmp_path):
     os.kill(pid, signal.SIGKILL); time.sleep(.1)
     with Lease(tmp_path/'lease', 'next') as lease: assert 'is gone' in lease.said
     ended(pid)
+
+@pytest.mark.parametrize('before', ['nothing','stale','dead'])
+def test_a_kill_while_a_lease_is_taken_leaves_it_free(tmp_path, before):
+    "At the 1st, 2nd, ... file operation of taking a lease: the next process gets it at once"
+    for k in range(1, 40):
+        f = tmp_path/str(k); f.mkdir()
+        if before=='stale': Lease(f/'lease').acquire(); os.utime(f/'lease', (1, 1))
+        if before=='dead': ended(fork(lambda: Lease(f/'lease').acquire() and 0))
+        code = dying(k, lambda: Lease(f/'lease').acquire())
+        with Lease(f/'lease'): pass
+        assert not (f/'lease').exists() and all(p.name=='lease.taking' or p.suffix in ('.tmp','.part') for p in f.iterdir())
+        if code==0: break
+    assert code==0 and k>3

@@ -6,16 +6,16 @@ import json,resource,sys,time,torch,timm
 from dataclasses import asdict
 from safetensors.torch import save_file
 import torch.nn.functional as F
-from deepfake_nb.stf_mamba import PRESETS,build_stf_mamba
+from deepfake_nb.stf_mamba import CONFIGS,build_stf_mamba
 path,T = sys.argv[1],32
 torch.set_num_threads(2); torch.manual_seed(0)
 with torch.device('meta'): names = {k:v.shape for k,v in timm.create_model('convnextv2_base').state_dict().items()}
 g = torch.Generator().manual_seed(0)
-def number(k, s): # a scale that keeps activations alive: 1/sqrt(fan in) for kernels, ones for norms, zeros elsewhere
-    if len(s)>1 and not k.endswith(('grn.weight','grn.bias')): return torch.randn(s, generator=g)*s[1:].numel()**-.5
-    return torch.ones(s) if 'norm' in k and k.endswith('weight') else torch.zeros(s)
+def number(k, s): # kernels keep the scale of what they read, norms are ones, the rest zeros
+    if len(s)>1: return torch.randn(s, generator=g)*s[1:].numel()**-.5
+    return torch.ones(s) if k.endswith('weight') and '.grn.' not in k else torch.zeros(s)
 save_file({k:number(k, s) for k,s in names.items()}, path)
-cfg = PRESETS['full']
+cfg = CONFIGS['full']
 net = build_stf_mamba(cfg, path).train()
 opt = torch.optim.AdamW(net.param_groups(3e-4, .01, .05))
 x = torch.randn(1, T, 3, 224, 224, generator=g)

@@ -78,8 +78,8 @@ def test_exception(make, tmp_path):
     with pytest.raises(RunError, match='ZeroDivisionError'): rec.check()
 
 def test_timeout(make, tmp_path):
-    rec = run_stage(make(TRAIN, SCORES), runs=tmp_path/'r', timeout=8, grace=30)
-    ended(rec, 'timeout', 'longer than 8 s'); assert rec.exit_code==124 and (rec.folder/'checkpoint').exists()
+    rec = run_stage(make(TRAIN, SCORES), runs=tmp_path/'r', timeout=12, grace=30)
+    ended(rec, 'timeout', 'longer than 12 s'); assert rec.exit_code==124 and (rec.folder/'checkpoint').exists()
 
 def test_kernel_killed_in_the_middle(make, tmp_path):
     rec = run_stage(make(OOM, SCORES), runs=tmp_path/'r')

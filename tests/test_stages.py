@@ -1,0 +1,82 @@
+"Every stage at toy size, through the real runner, in a home of its own that shares only the sample pack"
+import json,os,shutil,subprocess,sys
+from pathlib import Path
+import nbformat,pytest
+from deepfake_nb.pack import home,sample
+from deepfake_nb.plan import ORDER,notebook,run_plan
+from deepfake_nb.runs import Record,declared,index,run_stage
+from deepfake_nb.video import VideoFile,write_video
+
+@pytest.fixture(scope='module')
+def room(tmp_path_factory):
+    "An empty home with the pack in it"
+    d = tmp_path_factory.mktemp('stages'); sample('woman'); (d/'home').mkdir()
+    (d/'home'/'pack').symlink_to(home()/'pack', target_is_directory=True)
+    old,os.environ['DEEPFAKE_NB_HOME'] = os.environ.get('DEEPFAKE_NB_HOME'),str(d/'home')
+    yield d
+    if old is None: del os.environ['DEEPFAKE_NB_HOME']
+    else: os.environ['DEEPFAKE_NB_HOME'] = old
+
+@pytest.fixture(scope='module')
+def own(room):
+    "A folder as a user would give it: five people, one with two films, and a text file. (Three of them are pieces of one film: this tests machinery, not detectors)"
+    d = room/'my clips'
+    for n,who in (('carphone','bob'),('man','carl')): (d/who).mkdir(parents=True); shutil.copy(sample(n), d/who/f'{n}.mp4')
+    frames,_ = VideoFile(sample('woman')).read(0, 96)
+    for i,who in enumerate(('ann','dora','eve')): (d/who).mkdir(); write_video(d/who/'film.mp4', frames[32*i:32*i+32], rate=24)
+    shutil.copy(sample('carphone'), d/'bob'/'again.mp4'); (d/'notes.txt').write_text('not a film')
+    return d
+
+def last(rec): return {k:v for vs in rec.metrics.values() for k,v in vs.items()}
+
+def test_every_parameter_is_explained():
+    for stage in ORDER:
+        known = declared(notebook(stage))
+        assert {'preset','videos','seed'} <= set(known) and all(p['help'] for p in known.values()), stage
+
+def test_a_stage_without_its_store_says_what_to_do(room):
+    rec = run_stage(notebook('phase_a'), dict(preset='tiny', videos=str(room)), runs=room/'runs')
+    assert rec.state=='failed' and 'prepare the videos first' in rec['reason']
+
+def test_the_plan_twice_on_the_sample_clips(room, capsys):
+    runs = room/'pack runs'
+    assert run_plan(dict(preset='tiny', held_out='carman'), runs)==0
+    said = capsys.readouterr().out
+    assert 'rehearsal gate on self-blends' in said and '3 people are a demonstration' in said and 'carman' not in said.split('gate')[0]
+    first = {r['stage']:r for r in map(Record.load, sorted(p for p in runs.iterdir() if p.is_dir()))}
+    p,a,e = (last(first[s]) for s in ORDER)
+    assert p['people']==3 and p['reused']==0 and p['unseen']=='carman' and 'last checkpoint of the fixed schedule' in p['rule']
+    assert a['steps']==4 and a['reason']=='steps' and a['resumed']==0
+    assert 0<=e['auc_lo']<=e['auc']<=e['auc_hi']<=1 and e['judged']['within']=='within one person' and e['judged']['counts']['people']==1
+    assert e['gate'] in ('phase_b','stop','more_phase_a') and e['judged']['data_hash']==p['data_hash']
+    assert run_plan(dict(preset='tiny', held_out='carman'), runs)==0
+    second = {r['stage']:last(r) for r in map(Record.load, sorted(p for p in runs.iterdir() if p.is_dir())[3:])}
+    assert second['prepare']['reused']==6 and second['phase_a']['resumed']==4
+    assert second['evaluate']['auc']==e['auc'] and second['phase_a']['model_sha256']==a['model_sha256']
+    assert set(index(runs).state)=={'succeeded'}
+
+def test_own_folder_validation_people_and_a_real_gate(room, own):
+    given,runs = dict(preset='tiny', videos=str(own)),room/'own runs'
+    prep = run_stage(notebook('prepare'), given, runs=runs).check()
+    assert last(prep)['people']==5 and last(prep)['skipped']==1 and last(prep)['videos']==6
+    train = run_stage(notebook('phase_a'), given, runs=runs).check()
+    assert 'checkpoints are chosen on' in last(train)['selection'] and 'best' in last(train)['selection']+train.folder.joinpath('executed.ipynb').read_text()
+    gate = room/'gate set'
+    for label,film in (('real',own/'bob'/'carphone.mp4'),('fake',own/'carl'/'man.mp4')): (gate/label).mkdir(parents=True); shutil.copy(film, gate/label/f'{label} one.mp4'); shutil.copy(own/'ann'/'film.mp4' if label=='real' else own/'eve'/'film.mp4', gate/label/f'{label} two.mp4')
+    rec = run_stage(notebook('evaluate'), given|dict(gate_videos=str(gate)), runs=runs).check()
+    assert last(rec)['gate_name']=='gate on gate set' and last(rec)['judged_on_fakes']['counts']['fake_videos']==2
+
+def test_missing_weights_are_an_error(room):
+    run_stage(notebook('prepare'), dict(preset='full', videos='', size=96), runs=room/'full').check()
+    rec = run_stage(notebook('phase_a'), dict(preset='full', store=str(next((room/'home'/'store').glob('pack-*')))), runs=room/'full')
+    assert rec.state=='failed' and 'no weights are named' in rec['reason']
+
+def test_a_budget_that_is_spent_stops_in_time_and_says_so(room):
+    rec = run_stage(notebook('phase_a'), dict(preset='tiny', seed=5, budget=1e-6), runs=room/'poor')
+    assert rec.state=='succeeded' and last(rec)['reason']=='budget' and last(rec)['steps']<4
+
+def test_plain_papermill_works(room):
+    out = room/'plain.ipynb'
+    subprocess.run([sys.executable,'-m','papermill','--no-progress-bar',notebook('prepare'),out,'-p','preset','tiny','-p','seed','3'], check=True, capture_output=True)
+    cells = nbformat.read(out, 4).cells
+    assert any('seed = 3' in c.source for c in cells if 'injected-parameters' in c.metadata.get('tags', []))
