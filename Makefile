@@ -33,7 +33,7 @@ test: .venv/ready
 	$(ONE) $(PY) tools/check.py
 
 soak: .venv/ready
-	$(ONE) SOAK=$(SOAK) $(PY) -m pytest -s -m 'not slow' tests/test_store.py tests/test_checkpoints.py tests/test_video.py
+	$(ONE) SOAK=$(SOAK) $(PY) -m pytest -s tests/test_store.py tests/test_checkpoints.py tests/test_training.py tests/test_video.py
 
 lab: .venv/ready
 	$(PY) -m jupyter lab --notebook-dir=nbs

@@ -120,16 +120,16 @@ class Split:
         "Mark each video with its part"
         return Manifest([replace(v, split=self.where(v.group)) for v in videos], getattr(videos, 'skipped', ()))
 
-# %% ../nbs/06_datasets.ipynb #17ae8d06
+# %% ../nbs/06_datasets.ipynb #4e0cb07b
 def _ranked(groups, seed): return sorted(groups, key=lambda g: hashlib.sha256(f'{seed}:{g}'.encode()).digest())
 
 def split_groups(
     groups, # names; repeated ones count once
-    held_out='', # a name, or several, fixed beforehand; '' lets the hash choose
+    held_out='', # a name, or several (a list, or with commas), fixed beforehand; '' lets the hash choose
     seed:int=0, # of the hash
 )->Split:
     "Split people, never files"
-    groups,named = _ranked(set(groups), seed),[held_out] if isinstance(held_out, str) and held_out else list(held_out)
+    groups,named = _ranked(set(groups), seed),[s.strip() for s in held_out.split(',') if s.strip()] if isinstance(held_out, str) and held_out not in groups else [held_out] if isinstance(held_out, str) else list(held_out)
     n = len(groups)
     if unknown := sorted(set(named)-set(groups)): raise DatasetError(f"{', '.join(unknown)}: to be held out, but not among {', '.join(sorted(groups))}")
     if n<2: raise DatasetError(f'{n} group: nobody could be held out. Two people are the least; five allow a choice by validation')

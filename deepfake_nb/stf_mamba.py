@@ -66,10 +66,10 @@ def from_json(cls:STFConfig, s:str):
     if set(d)!=known: raise ConfigError(f'not an STFConfig: unknown {sorted(set(d)-known)}, missing {sorted(known-set(d))}')
     return cls(**d)
 
-# %% ../nbs/16_stf_mamba.ipynb #8af7a275
+# %% ../nbs/16_stf_mamba.ipynb #ebb9dc62
 CONFIGS = dict(
     tiny=STFConfig(width=32, stages=1, d_state=4, frozen=3),
-    demo=STFConfig(),
+    demo=STFConfig(pool='mean_max'),
     full=STFConfig(backbone='convnextv2_base', stride=32, pad='zero', width=256, stages=4, frozen=2, form='dense', checkpointing=True))
 
 # %% ../nbs/16_stf_mamba.ipynb #2db675d1
