@@ -6,8 +6,8 @@
 __all__ = ['METRICS', 'MetricError', 'checked', 'auc', 'average_precision', 'eer', 'Caught', 'tpr_at_fpr', 'video_of',
            'aggregate', 'coverage', 'strata', 'draws', 'rocs', 'bootstraps', 'bootstrap', 'summary']
 
-# %% ../nbs/31_metrics.ipynb #140543c4
-import numpy as np,pandas as pd
+# %% ../nbs/31_metrics.ipynb #338a0d59
+import re,numpy as np,pandas as pd
 from collections import namedtuple
 from sklearn.metrics import roc_auc_score,roc_curve,average_precision_score
 
@@ -77,13 +77,13 @@ def tpr_at_fpr(
 
 def _limit(fpr, n_real): return max(fpr, 1/n_real)
 
-# %% ../nbs/31_metrics.ipynb #08b3d0bd
+# %% ../nbs/31_metrics.ipynb #515e63a2
 def video_of(
     key:str, # 'dataset/method/compression/name#n', n the track
 )->str: # without the track
-    "The key of the video a track belongs to"
-    video = key.split('#')[0]
-    if video.count('/')!=3: raise MetricError(f'{key!r} is no video key: dataset/method/compression/name, never a name alone')
+    "The key of the video a track belongs to; a name may hold '/' and '#' itself"
+    video = re.sub(r'#\d+$', '', key)
+    if video.count('/')<3: raise MetricError(f'{key!r} is no video key: dataset/method/compression/name, never a name alone')
     return video
 
 # %% ../nbs/31_metrics.ipynb #fa44e292
