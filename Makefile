@@ -42,6 +42,6 @@ bench: .venv/ready
 	@for f in benchmarks/*.py; do echo "== $$f"; $(ONE) $(PY) $$f || exit 1; done
 
 outputs: .venv/ready
-	$(PY) -c 'from nbdev.export import nbdev_export; nbdev_export()'
+	$(PY) -c 'from nbdev.doclinks import nbdev_export; nbdev_export()'
 	$(ONE) $(PY) tools/check.py --save
 	$(PY) tools/readme.py

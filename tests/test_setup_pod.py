@@ -79,7 +79,7 @@ def test_unknown_flags_are_refused(pod, args):
     assert r.returncode==1 and r.stderr.startswith('setup_pod: ') and r.stdout=='' and state(pod.path)==before
 
 def test_home_must_be_on_the_volume(pod):
-    for home in ['/root/x',f'{pod.path}/volume2/x',f'{pod.path}/vol/../x']:
+    for home in ['/srv/x',f'{pod.path}/volume2/x',f'{pod.path}/vol/../x']:
         r = pod('--dry-run', DEEPFAKE_NB_HOME=home)
         assert r.returncode==1 and 'is not on the volume' in r.stderr, home
         assert pod('--dry-run', '--off-volume', DEEPFAKE_NB_HOME=home).returncode==0

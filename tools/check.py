@@ -24,7 +24,7 @@ def generated(folder): return {str(p.relative_to(folder)) for p in folder.rglob(
 def export_drift():
     "The package is what the notebooks export, file for file"
     with tempfile.TemporaryDirectory() as d:
-        tmp = Path(d); copy_of_sources(tmp); rc,out = python('-c', 'from nbdev.export import nbdev_export; nbdev_export()', cwd=tmp)
+        tmp = Path(d); copy_of_sources(tmp); rc,out = python('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export()', cwd=tmp)
         if rc: return out
         a,b = tmp/'deepfake_nb',ROOT/'deepfake_nb'
         odd = sorted(generated(a)^generated(b))
