@@ -386,7 +386,7 @@ def index(
     if rows: atomic_write(Path(runs)/'index.csv', lambda p: table.to_csv(p, index=False))
     return table
 
-# %% ../nbs/50_runs.ipynb #94bd9498
+# %% ../nbs/50_runs.ipynb #10d9f4d2
 def _things(r): # everything that may make two runs differ, and what came out
     d = r.data
     code = dict(notebook=d['notebook_sha256'][:7], package=d['package_sha256'][:7], commit=(d['git']['sha'] or '')[:7], dirty=d['git']['dirty'])
@@ -402,4 +402,4 @@ def compare(
     "All that differs between two runs"
     a,b = (_things(r if isinstance(r, Record) else Record.load(r)) for r in (a,b))
     rows = [(kind,k,a[kind].get(k),b[kind].get(k)) for kind in a for k in {**a[kind],**b[kind]} if a[kind].get(k)!=b[kind].get(k)]
-    return pd.DataFrame(rows, columns=['kind','name','a','b'])
+    return pd.DataFrame(rows, columns=['kind','name','a','b'], dtype=object)
