@@ -98,7 +98,7 @@ def age(
     try: return probe.stat().st_mtime-(Path(folder)/'status.json').stat().st_mtime
     finally: probe.unlink()
 
-# %% ../nbs/34_journal.ipynb #be243c5d
+# %% ../nbs/34_journal.ipynb #5fea2c7a
 METRICS_MIME = 'application/vnd.deepfake.metrics+json'
 
 def emit_metrics(
@@ -107,7 +107,7 @@ def emit_metrics(
 ):
     "Show metrics as a typed output that a runner can lift out of the notebook"
     values = plain(dict(values, name=name))
-    text = ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in values.items() if k!='name')
+    text = ', '.join(f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}' for k,v in values.items() if k!='name' and not isinstance(v, (dict,list)))
     display({METRICS_MIME:values, 'text/plain':f'{name}: {text}'}, raw=True)
 
 def lift_metrics(
