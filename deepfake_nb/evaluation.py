@@ -6,7 +6,8 @@
 __all__ = ['SELF', 'UNITS', 'LADDER', 'FEATURES', 'FINAL', 'Gate', 'WORDS', 'EvaluationError', 'LeakError', 'forged_key',
            'precision_context', 'colours', 'score_pairs', 'within', 'check_people', 'judge', 'counts', 'judge_pairs',
            'surround', 'cross_validated', 'codec_features', 'probe_table', 'codec_probe', 'score_histogram',
-           'roc_figure', 'worst', 'worst_clips', 'auc_over_time', 'GateError', 'final_test', 'outcome', 'gate']
+           'roc_figure', 'worst', 'worst_clips', 'auc_over_time', 'GateError', 'final_test', 'outcome', 'gate',
+           'allowed']
 
 # %% ../nbs/40_evaluation.ipynb #b30a12c3
 import re,numpy as np,pandas as pd,torch,matplotlib.pyplot as plt
@@ -337,3 +338,13 @@ def _doubt(a, out, low, high):
     crossed = [t for t in (low, high) if a['lo'] <= t <= a['hi']]
     if not crossed: return band
     return band+f", across {' and '.join(f'{t:.2f}' for t in crossed)}: another draw might say {' or '.join(other or [out])}"
+
+# %% ../nbs/40_evaluation.ipynb #726ff152
+def allowed(
+    word:str, # of the gate; '' if it was not asked
+    rehearsal:bool=False, # go on all the same
+)->str: # the word, for the record
+    "A `GateError` unless Phase B may begin"
+    if word and word not in WORDS: raise GateError(f'the gate never says {word!r}: it says {", ".join(WORDS)}')
+    if word in ('','phase_b') or rehearsal: return word or 'not asked'
+    raise GateError(f'the gate says {word}: {WORDS[word]}. To run Phase B all the same, marked for it: rehearsal=True')

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'TrainingError', 'TrainConfig', 'cosine_lr', 'groups', 'to_device', 'History', 'Loop', 'rng_state',
-           'set_rng_state', 'stop_signals', 'bar', 'train', 'by_epochs', 'KeepBest', 'Stage', 'stage_config']
+           'set_rng_state', 'stop_signals', 'bar', 'train', 'by_epochs', 'pair_epochs', 'KeepBest', 'Stage',
+           'stage_config']
 
-# %% ../nbs/35_training.ipynb #aeebdcc3
+# %% ../nbs/35_training.ipynb #468c2b53
 import itertools,math,os,random,signal,sys,threading,time
 import numpy as np,torch
 from collections import deque
@@ -17,6 +18,7 @@ from IPython import get_ipython
 from pathlib import Path
 from tqdm import tqdm
 from .pack import read_json
+from .batches import pair_loader
 from .checkpoints import Lease,latest,load_checkpoint,save_checkpoint,save_weights,tidy
 from .journal import Journal,LiveFigure,plain
 
@@ -345,6 +347,14 @@ def by_epochs(
             yield from make(epoch, first)
             epoch,first = epoch+1,0
     return loader_fn
+
+# %% ../nbs/35_training.ipynb #18d72122
+def pair_epochs(
+    ds, # a `PairDataset`
+    cfg, # with `pairs` in a batch, pairs in an `epoch`, and `workers`
+): # cursor -> iterator without end
+    "A `loader_fn` of forged pairs"
+    return by_epochs(lambda epoch,first: pair_loader(ds, cfg.pairs, cfg.epoch, epoch, first*cfg.pairs, cfg.workers), cfg.epoch//cfg.pairs)
 
 # %% ../nbs/35_training.ipynb #e7a30981
 class KeepBest:

@@ -4,7 +4,7 @@ from pathlib import Path
 import nbformat,pytest
 from deepfake_nb.journal import read_rows
 from deepfake_nb.pack import home,read_json,sample
-from deepfake_nb.plan import ORDER,notebook,run_plan
+from deepfake_nb.plan import PLAN,notebook,run_plan
 from deepfake_nb.runs import Record,declared,index,run_stage
 from deepfake_nb.video import VideoFile,write_video
 
@@ -28,10 +28,12 @@ def own(room):
     shutil.copy(sample('carphone'), d/'bob'/'again.mp4'); (d/'notes.txt').write_text('not a film')
     return d
 
+def records(runs): return [Record.load(p) for p in sorted(p for p in runs.iterdir() if p.is_dir())]
+
 def last(rec): return {k:v for vs in rec.metrics.values() for k,v in vs.items()}
 
 def test_every_parameter_is_explained():
-    for stage in ORDER:
+    for stage in {s for s,_ in PLAN}:
         known = declared(notebook(stage))
         assert {'preset','videos','seed'} <= set(known) and all(p['help'] for p in known.values()), stage
 
@@ -44,16 +46,21 @@ def test_the_plan_twice_on_the_sample_clips(room, capsys):
     assert run_plan(dict(preset='tiny', held_out='carman'), runs)==0
     said = capsys.readouterr().out
     assert 'rehearsal gate on self-blends' in said and '3 people are a demonstration' in said
-    first = {r['stage']:r for r in map(Record.load, sorted(p for p in runs.iterdir() if p.is_dir()))}
-    p,a,e = (last(first[s]) for s in ORDER)
+    p,a,e,b,f = (last(r) for r in records(runs))
     assert p['people']==3 and p['reused']==0 and p['unseen']=='carman' and 'last checkpoint of the fixed schedule' in p['rule']
     assert a['steps']==4 and a['reason']=='steps' and a['resumed']==0
     assert 0<=e['auc_lo']<=e['auc']<=e['auc_hi']<=1 and e['judged']['within']=='within one person' and e['judged']['counts']['people']==1
-    assert e['gate'] in ('phase_b','stop','more_phase_a') and e['judged']['data_hash']==p['data_hash']
+    assert e['gate'] in ('phase_b','stop','more_phase_a') and e['judged']['data_hash']==p['data_hash'] and e['phase']=='a'
+    # Phase B grew out of those very weights, is marked where the gate said no, and is judged on the same pairs
+    assert b['grown_from']==a['model_sha256']!=b['model_sha256'] and b['steps']==4 and b['gate_said']==e['gate']
+    assert b['loaded']>100 and b['dropped']>0 and b['fresh']>0
+    assert b['rehearsal']==f['rehearsal']==(e['gate']!='phase_b') and (('as a rehearsal' in said)==b['rehearsal'])
+    assert f['phase']=='b' and f['gate']=='' and f['judged']['model_sha256']==b['model_sha256'] and f['judged']['counts']==e['judged']['counts']
+    assert 'evaluate A' in said and 'evaluate B' in said
     assert run_plan(dict(preset='tiny', held_out='carman'), runs)==0
-    second = {r['stage']:last(r) for r in map(Record.load, sorted(p for p in runs.iterdir() if p.is_dir())[3:])}
-    assert second['prepare']['reused']==6 and second['phase_a']['resumed']==4
-    assert second['evaluate']['auc']==e['auc'] and second['phase_a']['model_sha256']==a['model_sha256']
+    p2,a2,e2,b2,f2 = (last(r) for r in records(runs)[5:])
+    assert p2['reused']==6 and a2['resumed']==4 and b2['resumed']==4
+    assert (e2['auc'],f2['auc'])==(e['auc'],f['auc']) and (a2['model_sha256'],b2['model_sha256'])==(a['model_sha256'],b['model_sha256'])
     assert set(index(runs).state)=={'succeeded'}
 
 def test_own_folder_validation_people_and_a_real_gate(room, own):
@@ -69,6 +76,12 @@ def test_own_folder_validation_people_and_a_real_gate(room, own):
     for label,film in (('real',own/'bob'/'carphone.mp4'),('fake',own/'carl'/'man.mp4')): (gate/label).mkdir(parents=True); shutil.copy(film, gate/label/f'{label} one.mp4'); shutil.copy(own/'ann'/'film.mp4' if label=='real' else own/'eve'/'film.mp4', gate/label/f'{label} two.mp4')
     rec = run_stage(notebook('evaluate'), given|dict(gate_videos=str(gate)), runs=runs).check()
     assert last(rec)['gate_name']=='gate on gate set' and last(rec)['judged_on_fakes']['counts']['fake_videos']==2
+
+def test_phase_b_listens_to_the_gate(room):
+    no = run_stage(notebook('phase_b'), dict(preset='tiny', held_out='carman', gate='stop'), runs=room/'gated')
+    assert no.state=='failed' and 'the gate says stop' in no['reason'] and 'rehearsal=True' in no['reason']
+    none = run_stage(notebook('phase_b'), dict(preset='tiny', held_out='carman', seed=11), runs=room/'gated')
+    assert none.state=='failed' and 'no such model' in none['reason']
 
 def test_missing_weights_are_an_error(room):
     run_stage(notebook('prepare'), dict(preset='full', videos='', size=96), runs=room/'full').check()
