@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE := 1
 .PHONY: demo test soak lab bench outputs readme clean
 .DEFAULT_GOAL := help
 help:
-	@echo "make demo     prepare -> Phase A -> evaluate -> gate, on the sample clips; VIDEOS=folder for your own"
+	@echo "make demo     prepare -> Phase A -> gate -> Phase B -> evaluate, on the sample clips; VIDEOS=folder for your own"
 	@echo "make test     every check: drift, chapters, laws, tests"
 	@echo "make soak     long counts: kills and corrupted inputs (SOAK=50)"
 	@echo "make lab      the workbook in JupyterLab"
@@ -33,7 +33,7 @@ test: .venv/ready
 	$(ONE) $(PY) tools/check.py
 
 soak: .venv/ready
-	$(ONE) SOAK=$(SOAK) $(PY) -m pytest -s tests/test_store.py tests/test_checkpoints.py tests/test_training.py tests/test_video.py
+	$(ONE) SOAK=$(SOAK) $(PY) -m pytest -s tests/test_store.py tests/test_checkpoints.py tests/test_training.py tests/test_video.py tests/test_compile.py
 
 lab: .venv/ready
 	$(PY) -m jupyter lab --notebook-dir=nbs

@@ -213,7 +213,7 @@ def difference(
     word = 'above' if lo>0 and min(each)>0 else 'below' if hi<0 and max(each)<0 else 'undecided'
     return Difference(name, base, float(np.mean(each)), lo, hi, each, word if len(each)>1 else 'one seed')
 
-# %% ../nbs/43_ablation.ipynb #43ad3041
+# %% ../nbs/43_ablation.ipynb #4c5e35e6
 def comparisons(
     rows, # of `ablate`
     **kw, # for `difference`
@@ -232,7 +232,7 @@ def small_print(
     n,out,seeds = len(diffs),sum(d.lo>0 or d.hi<0 for d in diffs),len({r['seed'] for r in rows})
     who = f"{len(rows[0]['scores'])} pairs of {', '.join(people)}"+(': with one person an interval speaks of pairs of that person only' if len(people)==1 else '')
     use = '' if chosen_on else ' They are the people of the test, so nothing may be chosen by this.'
-    wrong = f' {n} differences at 95 %: if none were real, about {.05*n:.1f} intervals would leave out zero by the draw of the pairs alone, and more by the luck of the trainings; {out} do.' if n else ' No base was run, so nothing is compared.'
+    wrong = f' {n} difference{"s"*(n>1)} at 95 %: if none were real, about {.05*n:.1f} of the intervals would leave out zero by the draw of the pairs alone, and more by the luck of the trainings; {out} do.' if n else ' No base was run, so nothing is compared.'
     agree = f" In {sum(d.word in ('above','below') for d in diffs)} of these all {seeds} seeds agree; equal variants would agree in {2**(1-seeds):.0%} of cases." if n and seeds>1 else ' One seed: no verdict.' if n else ''
     s = sorted(r['step_s'] for r in rows if r.get('step_s'))
     pace = f' Equal steps are not equal seconds: a step took {s[0]:.2g} to {s[-1]:.2g} s.' if s else ''

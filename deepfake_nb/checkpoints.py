@@ -6,13 +6,13 @@
 __all__ = ['MODELS', 'CheckpointError', 'weights_bytes', 'state_bytes', 'describe', 'commit', 'damage', 'save_checkpoint',
            'Found', 'latest', 'fill', 'load_checkpoint', 'tidy', 'build', 'save_weights', 'load_model', 'Lease']
 
-# %% ../nbs/32_checkpoints.ipynb #1a394755
+# %% ../nbs/32_checkpoints.ipynb #334cc2ab
 import errno,fcntl,functools,hashlib,importlib.metadata,io,json,os,pickle,shutil,socket,subprocess,uuid
 import torch,safetensors.torch,deepfake_nb
 from dataclasses import dataclass,asdict,is_dataclass
 from fastcore.basics import patch
 from pathlib import Path
-from .pack import atomic_write,read_json,sha256
+from .pack import atomic_write,file_time,read_json,sha256
 
 # %% ../nbs/32_checkpoints.ipynb #ff29d92a
 class CheckpointError(Exception):
@@ -236,7 +236,7 @@ def load_model(
     model.card = card
     return model
 
-# %% ../nbs/32_checkpoints.ipynb #bac82237
+# %% ../nbs/32_checkpoints.ipynb #6e484471
 def _process(pid):
     "When a process of this machine started, in ticks; None if it is gone"
     try: fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
@@ -248,13 +248,7 @@ def _place():
     try: return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError: return ''
 
-def _now(folder):
-    "The time of the file system that holds `folder`, in s"
-    probe = Path(folder)/f'.now.{uuid.uuid4().hex[:8]}.tmp'; probe.touch()
-    try: return probe.stat().st_mtime
-    finally: probe.unlink()
-
-# %% ../nbs/32_checkpoints.ipynb #8a6360b2
+# %% ../nbs/32_checkpoints.ipynb #91104895
 class Lease:
     "The right to write in a folder, held by one process at a time"
     def __init__(self,
@@ -264,7 +258,7 @@ class Lease:
         clock=None, # () -> s, for tests; default the file system's own
     ):
         self.path,self.owner,self.stale = Path(path),owner,stale
-        self.clock,self.token,self.said = clock or (lambda: _now(self.path.parent)),'',''
+        self.clock,self.token,self.said = clock or (lambda: file_time(self.path.parent)),'',''
     def read(self):
         "What the lease says, or None"
         try: return read_json(self.path)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['METRICS_MIME', 'JournalError', 'plain', 'read_rows', 'Journal', 'age', 'emit_metrics', 'lift_metrics', 'LiveFigure']
 
-# %% ../nbs/34_journal.ipynb #4b55d472
+# %% ../nbs/34_journal.ipynb #a8ee8443
 import fcntl,json,math,os,time,matplotlib.pyplot as plt
 from fastcore.basics import patch
 from IPython import get_ipython
 from IPython.display import display,Image
 from io import BytesIO
 from pathlib import Path
-from .pack import read_json,write_json
+from .pack import file_time,read_json,write_json
 
 # %% ../nbs/34_journal.ipynb #82a16a8c
 class JournalError(Exception):
@@ -89,14 +89,12 @@ def beat(self:Journal,
     if self.folder: write_json(self.folder/'status.json', self.status)
     return True
 
-# %% ../nbs/34_journal.ipynb #68482584
+# %% ../nbs/34_journal.ipynb #f1051538
 def age(
     folder, # of a run
 )->float: # s since its last heartbeat
     "How old a heartbeat is, by the file system's own times: writers' clocks differ"
-    probe = Path(folder)/f'.now.{os.getpid()}.tmp'; probe.touch()
-    try: return probe.stat().st_mtime-(Path(folder)/'status.json').stat().st_mtime
-    finally: probe.unlink()
+    return file_time(folder)-(Path(folder)/'status.json').stat().st_mtime
 
 # %% ../nbs/34_journal.ipynb #5fea2c7a
 METRICS_MIME = 'application/vnd.deepfake.metrics+json'

@@ -64,9 +64,9 @@ class LayerScale(nn.Module):
     ): super().__init__(); self.gamma = nn.Parameter(torch.full((width,), float(init)))
     def forward(self, x): return x*self.gamma
 
-# %% ../nbs/13_mamer.ipynb #acdddadd
+# %% ../nbs/13_mamer.ipynb #6383a686
 class Parallel(nn.Module):
-    "Two branches that read the same, added; what is said to both is heard by the first"
+    "Two branches that read the same, added; keywords are for the first"
     def __init__(self,
         a:nn.Module, # (B,L,width) to the same, may take keywords
         b:nn.Module, # (B,L,width) to the same

@@ -7,7 +7,7 @@ __all__ = ['TYPES', 'DIFF', 'DONE_MIME', 'STALE', 'LIMIT', 'EXIT', 'DEAD', 'RunE
            'packages', 'tree_sha256', 'machine', 'emit_done', 'Facts', 'judge_notebook', 'named_metrics', 'is_lost',
            'silence', 'process_alive', 'machine_id', 'Record', 'run_stage', 'index', 'compare']
 
-# %% ../nbs/50_runs.ipynb #ff8f3613
+# %% ../nbs/50_runs.ipynb #50e25c9c
 import ast,difflib,hashlib,json,os,platform,runpy,secrets,shutil,signal,subprocess,sys,threading,time
 import importlib.util,nbformat,pandas as pd,papermill as pm,psutil
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ from datetime import datetime,timezone
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
-from .pack import atomic_write,read_json,sha256,write_json
+from .pack import atomic_write,file_time,read_json,sha256,write_json
 from .journal import METRICS_MIME,lift_metrics
 
 # %% ../nbs/50_runs.ipynb #1900c304
@@ -157,7 +157,7 @@ def named_metrics(
         res[name] = {k:v for k,v in values.items() if k!='name'}
     return res
 
-# %% ../nbs/50_runs.ipynb #0db22295
+# %% ../nbs/50_runs.ipynb #fa922fb5
 STALE,LIMIT = 120.,600.
 
 def is_lost(
@@ -178,10 +178,8 @@ def silence(
     return (_clock(folder) if now is None else now) - max(f.stat().st_mtime for f in files if f.exists())
 
 def _clock(folder): # what the file system would stamp on a file now
-    probe = Path(folder)/f'.now.{os.getpid()}.{threading.get_ident()}.tmp'
-    try: probe.touch(); return probe.stat().st_mtime
+    try: return file_time(folder)
     except OSError: return time.time() # a folder that can only be read
-    finally: probe.unlink(missing_ok=True)
 
 # %% ../nbs/50_runs.ipynb #da68cf28
 def process_alive(

@@ -340,7 +340,7 @@ class LiveBytes(TorchDispatchMode):
         def gone(_): self.now -= n; self.known.pop(key)
         self.known[key] = weakref.ref(storage, gone); self.now += n; self.peak = max(self.peak, self.now)
 
-# %% ../nbs/16_stf_mamba.ipynb #5c6ab6b3
+# %% ../nbs/16_stf_mamba.ipynb #480782ac
 def hollow(
     m:nn.Module,
 )->tuple: # its copy, and the mode under which it runs
@@ -356,7 +356,7 @@ def memory(self:STFMamba,
     size:int=224, # pixels of a side
 )->dict: # bytes: weights, gradients, moments, activations (peak), total
     "What a training step needs, found by running it on tensors without content"
-    m,mode = hollow(self.train())
+    m,mode = hollow(self); m.train()
     learn = sum(p.nbytes for p in m.parameters() if p.requires_grad)
     weights = sum(v.nbytes for v in (*m.parameters(), *m.buffers()))
     with mode,LiveBytes() as live:
@@ -366,7 +366,7 @@ def memory(self:STFMamba,
     grads = sum(p.grad.nbytes for p in m.parameters() if p.grad is not None)
     return dict(weights=weights, gradients=grads, moments=2*learn, activations=live.peak-grads, total=weights+2*learn+live.peak)
 
-# %% ../nbs/16_stf_mamba.ipynb #d26ada27
+# %% ../nbs/16_stf_mamba.ipynb #c37d7159
 @patch
 def param_groups(self:STFMamba,
     lr:float, # of the new parts
@@ -377,7 +377,7 @@ def param_groups(self:STFMamba,
     res = {}
     for k,p in self.named_parameters():
         if not p.requires_grad: continue
-        bb,free = k.startswith('backbone.'),p.ndim<2 or k.endswith('bias') or k.split('.')[-1] in ('A_log','D','distance')
+        bb,free = k.startswith('backbone.'),p.ndim<2 or k.endswith('bias') or k.split('.')[-1] in ('A_log','D','distance','band')
         res.setdefault((bb,free), []).append(p)
     return [dict(params=ps, name=f"{'backbone' if bb else 'new'}{', no decay' if free else ''}", lr=lr*(backbone_scale if bb else 1), weight_decay=0. if free else weight_decay) for (bb,free),ps in res.items()]
 
