@@ -83,6 +83,15 @@ def test_phase_b_listens_to_the_gate(room):
     none = run_stage(notebook('phase_b'), dict(preset='tiny', held_out='carman', seed=11), runs=room/'gated')
     assert none.state=='failed' and 'no such model' in none['reason']
 
+def test_an_ablation_trains_nothing_twice_and_promises_nothing(room):
+    given,runs = dict(preset='tiny', variants='Phase A,Hydra for Bi-Mamba', seeds='0'),room/'ablation'
+    a,b = (last(run_stage(notebook('ablation'), given, runs=runs).check()) for _ in range(2))
+    assert (a['trained'],a['reused'],b['trained'],b['reused'])==(2,0,0,2) and a['table']==b['table']
+    assert len(a['learned_on'])==1 and [r['verdict'] for r in a['table']]==['','one seed'] and a['choosing'] is False
+    assert 'pairs of that person only' in a['note'] and 'One seed' in a['note']
+    bad = run_stage(notebook('ablation'), dict(preset='tiny', variants='Phase X'), runs=runs)
+    assert bad.state=='failed' and "no variant is called 'Phase X': there are 'frame average'" in bad['reason']
+
 def test_missing_weights_are_an_error(room):
     run_stage(notebook('prepare'), dict(preset='full', videos='', size=96), runs=room/'full').check()
     rec = run_stage(notebook('phase_a'), dict(preset='full', store=str(next((room/'home'/'store').glob('pack-*')))), runs=room/'full')
