@@ -6,10 +6,9 @@
 __all__ = ['BANDS', 'PADS', 'WAVELETS', 'QUANTISATION', 'NORMS', 'DWT3d', 'band_energy', 'log_ratio', 'hll_log_ratio',
            'clip_energy', 'dwt_matrix']
 
-# %% ../nbs/10_wavelets.ipynb #780aec96
+# %% ../nbs/10_wavelets.ipynb #4aca4a61
 import torch,torch.nn.functional as F
 from fastcore.basics import patch
-from functools import lru_cache
 from itertools import product
 from torch import nn,Tensor
 
@@ -136,8 +135,7 @@ def clip_energy(
     plain,ac = ([band_energy(b, mask, mean=True, ac=a) for b in all_bands] for a in (False,True))
     return torch.stack(plain).mean(0),torch.stack(ac).mean(0)[:,0]
 
-# %% ../nbs/10_wavelets.ipynb #97a744d2
-@lru_cache(maxsize=64)
+# %% ../nbs/10_wavelets.ipynb #2e62031c
 def dwt_matrix(
     n:int, # values on the ring, even
     wavelet:str='db2', # one of `WAVELETS`
