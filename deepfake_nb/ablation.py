@@ -7,7 +7,7 @@ __all__ = ['MIXERS', 'RUNGS', 'LOSSES', 'VARIANTS', 'BASES', 'Difference', 'Abla
            'Seen', 'others', 'judged', 'fold', 'how_made', 'kept', 'told', 'ablate', 'of', 'resampled', 'difference',
            'comparisons', 'small_print', 'ladder', 'ladder_figure']
 
-# %% ../nbs/43_ablation.ipynb #1f689ba4
+# %% ../nbs/43_ablation.ipynb #e41933da
 import math,re,zlib,numpy as np,pandas as pd,torch,matplotlib.pyplot as plt
 from collections import namedtuple
 from dataclasses import asdict,replace
@@ -16,6 +16,7 @@ from statistics import median
 from time import perf_counter
 from types import SimpleNamespace
 from .pack import read_json,write_json
+from .clips import real_groups
 from .batches import PairDataset,pair_loader
 from .stf_mamba import STFConfig,build_stf_mamba
 from .losses import stf_loss
@@ -38,7 +39,7 @@ VARIANTS = { # name -> group, fields that differ from the default
     **{f'loss {k}':(LOSSES, dict(hll_loss=k)) for k in ('none','mse','all_pairs','learned','sign')}, 'V7.3':(LOSSES, dict(energy='pooled', norm='raw', hll_loss='mse'))}
 BASES = {MIXERS:'frame average', RUNGS:'Phase A', LOSSES:'Phase A'}
 
-# %% ../nbs/43_ablation.ipynb #e783ac9e
+# %% ../nbs/43_ablation.ipynb #f0ca731c
 class AblationError(Exception):
     "A comparison that cannot be made as asked"
 
@@ -50,6 +51,7 @@ def chosen(
     if odd := [n for n in asked if n not in VARIANTS]: raise AblationError(f'no variant is called {", ".join(map(repr, odd))}: there are {", ".join(map(repr, VARIANTS))}')
     return [n for n in VARIANTS if n in asked]
 
+# %% ../nbs/43_ablation.ipynb #9131b712
 def base_of(name): return BASES[VARIANTS[name][0]] # what a variant is compared with
 
 def configure(
@@ -60,7 +62,7 @@ def configure(
     chosen(name)
     return replace(cfg, **VARIANTS[name][1])
 
-# %% ../nbs/43_ablation.ipynb #250ad9c2
+# %% ../nbs/43_ablation.ipynb #eca9b655
 class Seen:
     "Hands batches on; keeps a fingerprint of their frames, and the seconds until the next was asked for"
     def __init__(self,
@@ -73,14 +75,15 @@ class Seen:
     @property
     def mark(self): return f'{self.crc:08x}'
 
+# %% ../nbs/43_ablation.ipynb #5edd9da4
 def others(
     store, # a `FaceStore`
     unseen, # names of people
 )->list: # names
     "The people of the real clips, but for the unseen"
-    people = {t.group for t in store.tracks if t.label==0}
-    if odd := sorted(set(unseen)-people): raise AblationError(f'{", ".join(odd)} is not among {", ".join(sorted(people))}')
-    return sorted(people-set(unseen))
+    people = real_groups(store)
+    if odd := sorted(set(unseen)-set(people)): raise AblationError(f'{", ".join(odd)} is not among {", ".join(people)}')
+    return [p for p in people if p not in unseen]
 
 # %% ../nbs/43_ablation.ipynb #ddc354f7
 def judged(
@@ -121,7 +124,7 @@ def fold(
     return dict(unseen=unseen, trained=len(trained), seed=seed, steps=len(h.steps), params=sum(p.numel() for p in model.parameters() if p.requires_grad), start=h.evals[0][1]['auc'], **last,
                 curve=[round(e['auc'], 3) for _,e in h.evals], on_the_trained=k['auc'], step_s=how.accumulate*median(seen.took) if seen.took else None, learned_on=seen.mark)
 
-# %% ../nbs/43_ablation.ipynb #029633c5
+# %% ../nbs/43_ablation.ipynb #608d4bbe
 def how_made(
     store,unseen,cfg,trained, # as in `fold`; cfg with the variant's model
     judge_seed:int,
@@ -130,6 +133,7 @@ def how_made(
     kept = {k:v for k,v in asdict(cfg).items() if k!='workers'}
     return plain(dict(kept, unseen=list(unseen), trained=others(store, unseen) if trained is None else list(trained), shards=store.shards, judge_seed=judge_seed))
 
+# %% ../nbs/43_ablation.ipynb #62453ac0
 def kept(
     file:Path, # of a result
     how:dict, # of `how_made`
@@ -173,7 +177,7 @@ def ablate(
             rows.append(row); say(row)
     return rows
 
-# %% ../nbs/43_ablation.ipynb #b3cf1630
+# %% ../nbs/43_ablation.ipynb #dc038fa2
 Difference = namedtuple('Difference', 'name base value lo hi by_seed word')
 
 def of(
@@ -185,6 +189,7 @@ def of(
     if not mine: raise AblationError(f'{name} was not run')
     return mine
 
+# %% ../nbs/43_ablation.ipynb #38914ebc
 def resampled(
     rows, # trainings of one variant
     n:int=1000, # resamples of the pairs
@@ -213,7 +218,7 @@ def difference(
     word = 'above' if lo>0 and min(each)>0 else 'below' if hi<0 and max(each)<0 else 'undecided'
     return Difference(name, base, float(np.mean(each)), lo, hi, each, word if len(each)>1 else 'one seed')
 
-# %% ../nbs/43_ablation.ipynb #4c5e35e6
+# %% ../nbs/43_ablation.ipynb #25126025
 def comparisons(
     rows, # of `ablate`
     **kw, # for `difference`
@@ -222,6 +227,7 @@ def comparisons(
     ran = {r['variant'] for r in rows}
     return [difference(rows, n, base_of(n), **kw) for n in VARIANTS if n in ran and base_of(n) in ran and base_of(n)!=n]
 
+# %% ../nbs/43_ablation.ipynb #2a567d88
 def small_print(
     rows, # of `ablate`
     diffs, # of `comparisons`

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOUND_RATE', 'ARRAYS', 'StoreError', 'encode_crop', 'decode_crop', 'TrackInfo', 'ShardWriter', 'cut_sound',
-           'open_shard', 'Clip', 'FaceStore', 'ClipSampler', 'sample_clip']
+           'open_shard', 'Clip', 'FaceStore', 'ClipSampler', 'sample_clip', 'real_groups']
 
 # %% ../nbs/05_clips.ipynb #970435e6
 import contextlib,cv2,hashlib,io,json,numpy as np,os,re,shutil,struct,tempfile,zipfile
@@ -29,7 +29,7 @@ class StoreError(Exception):
         super().__init__(f"{shard}{f', track {track}' if track else ''}{'' if frame is None else f', frame {frame}'}: {reason}. Remedy: {remedy}")
     def __reduce__(self): return type(self),(self.shard, self.reason, self.track, self.frame, self.remedy)
 
-# %% ../nbs/05_clips.ipynb #bf91ca10
+# %% ../nbs/05_clips.ipynb #39de0f47
 def encode_crop(
     image:np.ndarray, # `(H,W,3)` uint8 RGB
     kind:str='jpeg', # 'jpeg', colour not subsampled, or 'png', lossless
@@ -40,6 +40,7 @@ def encode_crop(
     options = dict(jpeg=[cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling], png=[cv2.IMWRITE_PNG_COMPRESSION, 3])[kind]
     return cv2.imencode(dict(jpeg='.jpg', png='.png')[kind], np.ascontiguousarray(image[...,::-1]), options)[1].tobytes()
 
+# %% ../nbs/05_clips.ipynb #081e4c35
 def decode_crop(
     data:bytes, # from `encode_crop`
 )->np.ndarray: # `(H,W,3)` uint8 RGB
@@ -209,7 +210,7 @@ class FaceStore:
         if key not in self._by_key: raise StoreError(self.folder.name, f'no such track among {len(self.tracks)}', key, remedy='look at `store.tracks`')
         return self._by_key[key]
 
-# %% ../nbs/05_clips.ipynb #410bd55b
+# %% ../nbs/05_clips.ipynb #3e595662
 @patch
 def _zip(self:FaceStore, shard):
     "The shard, opened by this very process"
@@ -221,6 +222,7 @@ def _zip(self:FaceStore, shard):
     self._open[shard] = z
     return z
 
+# %% ../nbs/05_clips.ipynb #66f23050
 @patch
 def _image(self:FaceStore, t, kind, i, shape):
     try:
@@ -297,3 +299,10 @@ def sample_clip(
 )->tuple: # key of a track, first frame
     "`ClipSampler` for a single question"
     return ClipSampler(tracks, length)(seed, epoch, index)
+
+# %% ../nbs/05_clips.ipynb #740f4a53
+def real_groups(
+    store, # a `FaceStore`
+)->list: # names
+    "The people of the real clips, fakes left out"
+    return sorted({t.group for t in store.tracks if t.label==0})

@@ -131,11 +131,12 @@ def forward(self:ContrastiveHLL,
     if self.learn: return learned_contrast(s, label, pair, self.theta, self.lo, self.hi, self.nu, self.smooth, self.all_pairs)
     return contrastive_hll(s, label, pair, self.margin, self.smooth, self.all_pairs)
 
-# %% ../nbs/30_losses.ipynb #de0a246e
+# %% ../nbs/30_losses.ipynb #35c621e0
 _TERMS = dict(paired=lambda o,y,p,m: contrastive_hll(o['hll'], y, p, m, all_pairs=False), all_pairs=lambda o,y,p,m: contrastive_hll(o['hll'], y, p, m),
               learned=lambda o,y,p,m: learned_contrast(o['hll'], y, p, o['margin']), mse=lambda o,y,p,m: mse_to_zero(o['energy'][:,4], y),
               sign=lambda o,y,p,m: F.binary_cross_entropy_with_logits(o['sense'].float(), y.float()))
 
+# %% ../nbs/30_losses.ipynb #0c6a8de3
 def stf_loss(
     out:dict, # of the model: logits (B,2), hll (B,) or None, and what its `hll_loss` needs
     label:Tensor, # (B,) 0 real, 1 fake

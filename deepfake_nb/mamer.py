@@ -44,7 +44,7 @@ def forward(self:RelativeAttention,
     y = F.scaled_dot_product_attention(q, k, v, self.bias(x.shape[1]).to(q.dtype))
     return self.out(y.transpose(1, 2).flatten(2))
 
-# %% ../nbs/13_mamer.ipynb #f43ecea7
+# %% ../nbs/13_mamer.ipynb #2bd4cd4e
 class FeedForward(nn.Module):
     "Each frame by itself: wider, bent, narrow again"
     def __init__(self,
@@ -56,6 +56,7 @@ class FeedForward(nn.Module):
         self.wide,self.drop,self.out = nn.Linear(width, mult*width),nn.Dropout(dropout),nn.Linear(mult*width, width)
     def forward(self, x): return self.out(self.drop(F.gelu(self.wide(x))))
 
+# %% ../nbs/13_mamer.ipynb #56e8bb22
 class LayerScale(nn.Module):
     "A learned factor for each channel of a branch"
     def __init__(self,
@@ -64,7 +65,7 @@ class LayerScale(nn.Module):
     ): super().__init__(); self.gamma = nn.Parameter(torch.full((width,), float(init)))
     def forward(self, x): return x*self.gamma
 
-# %% ../nbs/13_mamer.ipynb #6383a686
+# %% ../nbs/13_mamer.ipynb #0dec366c
 class Parallel(nn.Module):
     "Two branches that read the same, added; keywords are for the first"
     def __init__(self,
@@ -73,6 +74,7 @@ class Parallel(nn.Module):
     ): super().__init__(); self.a,self.b = a,b
     def forward(self, x, **kw): return self.a(x, **kw)+self.b(x)
 
+# %% ../nbs/13_mamer.ipynb #e4066c19
 class PreNorm(nn.Module):
     "x + scale(branch(norm(x))): the identity path stays clean"
     def __init__(self,
@@ -124,7 +126,7 @@ def forward(self:PNMamerStage,
     for m in (self.recall, self.think): x = x if m is None else m(x)
     return x
 
-# %% ../nbs/13_mamer.ipynb #22bdb112
+# %% ../nbs/13_mamer.ipynb #24fcdc58
 def last_layers(
     m:nn.Module, # a branch
 )->list: # of the Linears that its output comes out of
@@ -133,6 +135,7 @@ def last_layers(
         if isinstance(getattr(m, name, None), nn.Linear): return [getattr(m, name)]
     return [l for c in m.children() for l in last_layers(c)]
 
+# %% ../nbs/13_mamer.ipynb #36e09440
 def silence(
     stage:nn.Module, # anything with `PreNorm` branches inside
 )->nn.Module: # the same

@@ -249,13 +249,13 @@ def ssd(
         if backend=='mamba_ssm': return run_kernel(x, dt, A, B, C, chunk)
         return ssd_chunked(x, dt, A, B, C, chunk) if form=='chunked' else dict(loop=ssd_loop, dense=ssd_dense)[form](x, dt, A, B, C)
 
-# %% ../nbs/11_scan.ipynb #373b2db0
+# %% ../nbs/11_scan.ipynb #3978a845
 class BackendError(RuntimeError): "A kernel that was asked for, and is not there or not equal"
 
 def load_kernel(): # `mamba_chunk_scan_combined` of mamba-ssm
     "The Triton kernel of mamba-ssm, or a `BackendError`"
     try: from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-    except ImportError as e: raise BackendError(f"backend='mamba_ssm' was asked for and cannot be imported ({e}). Install it on a CUDA machine with `pip install --no-build-isolation 'deepfake_nb[cuda]'`, or take backend='torch', which gives the same numbers") from e
+    except ImportError as e: raise BackendError(f"backend='mamba_ssm' was asked for and cannot be imported ({e}). Install it on a CUDA machine with `pip install --no-build-isolation -e '.[cuda]'` in the checkout (on a pod: `runpod/setup_pod.sh --cuda-extra`), or take backend='torch', which gives the same numbers") from e
     return mamba_chunk_scan_combined
 
 def run_kernel(x, dt, A, B, C,

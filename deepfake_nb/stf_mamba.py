@@ -67,11 +67,12 @@ class STFConfig:
     checkpointing:bool=False # trade time for memory
     def __post_init__(self): self.check()
 
-# %% ../nbs/16_stf_mamba.ipynb #28d0a2c0
+# %% ../nbs/16_stf_mamba.ipynb #6f2fd552
 HLL_LOSSES = ('paired','all_pairs','learned','sign','mse','none')
 _CHOICES = dict(mixer=('bimamba','bimamba2','hydra','bigru','none'), merge=('concat','add'), ffn=FFNS, norm_layer=('layer','rms'), pool=('mean','mean_max'), pad=PADS, wavelet=tuple(WAVELETS),
                 wss=('none','two_stream','pooled'), energy=('contrast','pooled'), norm=NORMS, form=FORMS, backend=BACKENDS, phases=(1,2), hll_loss=HLL_LOSSES)
 
+# %% ../nbs/16_stf_mamba.ipynb #bcbf6d1c
 @patch
 def check(self:STFConfig):
     "What cannot work is an error at once"
@@ -204,7 +205,7 @@ class STFMamba(nn.Module):
     @property
     def std(self): return self.backbone.std
 
-# %% ../nbs/16_stf_mamba.ipynb #c4f9a5c9
+# %% ../nbs/16_stf_mamba.ipynb #b41fc038
 @patch
 def features(self:STFMamba,
     frames:Tensor, # (B,T,3,S,S): bytes, or floats normalised by .mean and .std
@@ -214,6 +215,7 @@ def features(self:STFMamba,
     f = torch.cat([self.narrow(self.backbone(part)) for part in x.split(self.cfg.chunk or len(x))])
     return f.unflatten(0, frames.shape[:2]).transpose(1, 2)
 
+# %% ../nbs/16_stf_mamba.ipynb #3b2a4831
 @patch
 def mix(self:STFMamba,
     f:Tensor, # features, (B,width,T,h,w)

@@ -60,7 +60,7 @@ def cosine_lr(
     if cfg.restart: done,whole = done%cfg.restart,cfg.restart
     return cfg.lr*.5*(1+math.cos(math.pi*min(1., done/whole)))
 
-# %% ../nbs/35_training.ipynb #261f64a9
+# %% ../nbs/35_training.ipynb #caa17854
 def groups(
     model, # any module
     cfg:TrainConfig, # lr, backbone_scale, weight_decay
@@ -74,6 +74,7 @@ def groups(
     if not any(g['params'] for g in res): raise TrainingError('no parameter of this model is to be trained. Unfreeze something')
     return [g|dict(base=g['lr']) for g in res if g['params']]
 
+# %% ../nbs/35_training.ipynb #152a1ba9
 def to_device(
     batch, # a tensor, something with `.to`, or a tuple, list or dict of such
     device, # where to
@@ -167,7 +168,7 @@ def set_rng_state(
     name,keys,*rest = s['numpy']; np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     random.setstate(s['python'])
 
-# %% ../nbs/35_training.ipynb #f186c64e
+# %% ../nbs/35_training.ipynb #8c45fab1
 @patch
 def save(self:Loop):
     "A checkpoint of now, unless this step has one"
@@ -178,6 +179,7 @@ def save(self:Loop):
     self.saved,self.save_at = self.step,time.monotonic()+60*self.cfg.save_minutes
     self.t_save = time.monotonic()-t
 
+# %% ../nbs/35_training.ipynb #f7ffff96
 @patch
 def restore(self:Loop, found):
     "Go on from a checkpoint; what the cursor depends on must be the same"
@@ -221,7 +223,7 @@ def beat(self:Loop, state):
     self.journal.beat(state, step=self.step, steps=self.cfg.steps, loss=h.losses[-1] if h.losses else None, checkpoint=self.saved, spent=b.spent() if b else None)
     if self.lease and time.monotonic()>=self.renew_at: self.lease.renew(); self.renew_at = time.monotonic()+self.lease.stale/20
 
-# %% ../nbs/35_training.ipynb #3fd10499
+# %% ../nbs/35_training.ipynb #cff8b3ad
 @patch
 def next_s(self:Loop)->float: # s
     "How long one more step may take, with the evaluation and the checkpoint that would end it"
@@ -234,6 +236,7 @@ def over(self:Loop)->str: # '' to go on
     if self.signal: return 'signal'
     return 'budget' if self.budget and self.budget.must_stop(self.next_s()) else ''
 
+# %% ../nbs/35_training.ipynb #64e399c1
 @patch
 def begin(self:Loop, resume):
     "Resume, or start from the seed; then the first evaluation and the first checkpoint"
@@ -384,7 +387,7 @@ class KeepBest:
 
     def _save(self, model, **extra): save_weights(self.folder, self.name, model, extra=dict(extra, selection=self.selection))
 
-# %% ../nbs/35_training.ipynb #31c4bd05
+# %% ../nbs/35_training.ipynb #be6b2879
 @dataclass(frozen=True)
 class Stage:
     "One row of the plan: what a specialist is trained on, and how"
@@ -401,6 +404,7 @@ class Stage:
     restarts:bool=False # a warm restart at each chunk
     dropouts = property(lambda self: tuple(round(self.dropout-.1*i, 6) for i in range(3)))
 
+# %% ../nbs/35_training.ipynb #08c4d047
 _focal = (('alpha',.25),('gamma',2.))
 STAGES = {s.number:s for s in (
     Stage(1, 'foundation', 'faceforensics/c23', 1e-4, 6, 'cross_entropy', 1e-5, .3),

@@ -33,7 +33,7 @@ def changed(
     "Which setting gives the part another meaning"
     return ', '.join(f'{k}: {getattr(a, k)!r} to {getattr(b, k)!r}' for k in NEEDS[part] if getattr(a, k)!=getattr(b, k))
 
-# %% ../nbs/18_transfer.ipynb #57d2d0cc
+# %% ../nbs/18_transfer.ipynb #48705270
 @dataclass
 class Transfer:
     "What came along and what did not; each a dict of name -> reason or shape"
@@ -42,6 +42,7 @@ class Transfer:
     dropped:dict=field(default_factory=dict) # in the old model only
     missing:dict=field(default_factory=dict) # in the new model only: starts fresh
 
+# %% ../nbs/18_transfer.ipynb #e5f71c57
 def compare(
     old:STFMamba,new:STFMamba,
 )->Transfer:
@@ -56,7 +57,7 @@ def compare(
         else: t.loaded[k] = tuple(want[k].shape)
     return t
 
-# %% ../nbs/18_transfer.ipynb #b700d131
+# %% ../nbs/18_transfer.ipynb #670685d1
 @patch
 def table(self:Transfer)->pd.DataFrame: # tensors of each part
     "Counts, part by part"
@@ -64,6 +65,7 @@ def table(self:Transfer)->pd.DataFrame: # tensors of each part
     count = {k:Counter(map(part_of, getattr(self, k))) for k in kinds}
     return pd.DataFrame({k:{p:count[k][p] for p in NEEDS if any(c[p] for c in count.values())} for k in kinds})
 
+# %% ../nbs/18_transfer.ipynb #79d13039
 def transfer(
     old:STFMamba,new:STFMamba,
     expected=EXPECTED, # parts of the new model that must come along whole

@@ -31,7 +31,7 @@ class DWT3d(nn.Module):
         signs = [torch.einsum('t,h,w->thw', *(torch.tensor(taps[c]) for c in b)) for b in BANDS]
         self.register_buffer('signs', torch.stack(signs)[:,None], persistent=False) # (8,1,2,2,2)
 
-# %% ../nbs/10_wavelets.ipynb #456eb12d
+# %% ../nbs/10_wavelets.ipynb #4ad19ca2
 @patch
 def _kernel(self:DWT3d, x, C): return self.signs.to(x.dtype).repeat(C, 1, 1, 1, 1)
 
@@ -45,6 +45,7 @@ def _pairs_back(self:DWT3d, bands):
     C = bands.shape[1]
     return F.conv_transpose3d(bands.flatten(1, 2), self._kernel(bands, C), stride=2, groups=C)*8**-.5
 
+# %% ../nbs/10_wavelets.ipynb #b79f7b5a
 @patch
 def _fill(self:DWT3d, x):
     "Even sides, or an error that says what to do"

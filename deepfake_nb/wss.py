@@ -87,7 +87,7 @@ def tokens(self:WSS,
     low = bands[:,:,0].mean((-2,-1)).transpose(1, 2)*8**-.5 # 8 values of 1 have an LLL of sqrt 8
     return t,self.proj_s(s[:,:,[BANDS.index(b) for b in TEXTURE]])+self.band,low
 
-# %% ../nbs/14_wss.ipynb #65cc2503
+# %% ../nbs/14_wss.ipynb #bca3d16e
 @patch
 def streams(self:WSS, t, s)->tuple: # U_T, U_S, both (B,T,width)
     "Scan along time; scan along the bands, with the moments as batch"
@@ -97,6 +97,7 @@ def streams(self:WSS, t, s)->tuple: # U_T, U_S, both (B,T,width)
     s = (flat+self.scan_s(self.norm_s(flat))).mean(1).unflatten(0, s.shape[:2])
     return t,s
 
+# %% ../nbs/14_wss.ipynb #cdd634a0
 @patch
 def forward(self:WSS,
     bands:Tensor, # in the order of `BANDS`, (B,width,8,T,h,w)

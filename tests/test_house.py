@@ -30,6 +30,10 @@ def test_long_cells_and_large_files(tmp_path):
     assert any('median' in b for b in law.check(write(tmp_path/'a.ipynb', *long)))
     assert any('KB' in b for b in law.check(write(tmp_path/'b.ipynb', cell('x'*600_000, 'markdown'))))
 
+def test_all_notebooks_together(tmp_path):
+    long = [write(tmp_path/f'{i}.ipynb', cell('\n'.join(['x = 1']*n))) for i,n in enumerate([3]*8+[16]*2)]
+    assert law.check_whole(long[:8])==[] and 'nine in ten' in law.check_whole(long)[0]
+
 def test_stage_needs_its_tag(tmp_path):
     assert any('parameters' in b for b in law.check(write(tmp_path/'stages'/'a.ipynb', cell('x = 1'))))
     assert law.check(write(tmp_path/'stages'/'a.ipynb', cell('x = 1', tags=['parameters'])))==[]

@@ -79,6 +79,7 @@ def main(save):
     else:
         results = [report(f.__name__.replace('_',' '), f()) for f in (export_drift, clean_drift, readme_drift)]
         results += [report(f'law of {p.relative_to(ROOT)}', '\n'.join(law.check(p))) for p in sorted((ROOT/'nbs').rglob('*.ipynb')) if '.ipynb_checkpoints' not in str(p)]
+        results += [report('law of all notebooks together', '\n'.join(law.check_whole(p for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in str(p))))]
         results += [report('law of imports', '\n'.join(imports.check()))]
         results += run_chapters('--check')+run_pytest()
     print(f'{time.time()-start:.0f} s'); print(f'{sum(results)} passed, {len(results)-sum(results)} failed')

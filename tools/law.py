@@ -49,6 +49,11 @@ def check(path):
         if re.search(r'(^|[\s\'"(])/(home|root|Users|tmp|work)/', json.dumps([o.get('text',''), o.get('data',{}).get('text/plain','')])): bad.append('a path of a machine in an output')
     return [f'{path}: {b}' for b in bad]
 
+def check_whole(paths):
+    "The law of the sizes over all cells of all notebooks together, exported or not"
+    n = [n_lines(c) for p in paths for c in json.loads(Path(p).read_text())['cells'] if c['cell_type']=='code' and source(c).strip()]
+    return [f'all notebooks: {name} code cell {got} lines, at most {most}' for name,got,most in (('median', statistics.median(n), MEDIAN), ('nine in ten, largest', p90(n), P90)) if got>most]
+
 if __name__=='__main__':
     bad = [b for p in sys.argv[1:] for b in check(p)]
     print('\n'.join(bad) or 'the law holds'); sys.exit(bool(bad))
