@@ -236,6 +236,13 @@ def _array(self:FaceStore, t, name):
     try: return np.load(io.BytesIO(self._zip(t.shard).read(f'{t.n}/{name}.npy')), allow_pickle=False)
     except _DAMAGE as e: raise StoreError(t.shard, f'{name} cannot be read ({e})', t.key) from e
 
+@patch
+def landmarks(self:FaceStore,
+    key:str, # of a track
+)->np.ndarray: # (T,468,2) float32, crop pixels
+    "All meshes of a track, without its crops"
+    return self._array(self[key], 'landmarks')
+
 # %% ../nbs/05_clips.ipynb #c9c16de4
 @patch
 def read(self:FaceStore,
