@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from .pack import read_json,write_json
 from .clips import real_groups
 from .batches import PairDataset,pair_loader
+from .device_forge import after_codec
 from .stf_mamba import STFConfig,build_stf_mamba
 from .losses import stf_loss
 from .metrics import auc,bootstraps
@@ -105,7 +106,7 @@ def fold(
     store, # a `FaceStore`
     unseen, # people who judge
     seed:int, # of the training: new weights, its pairs, dropout
-    cfg, # with the attributes of `Preset` (chapter 51): length, pairs, epoch, qp, weights, model, eval_pairs, judge_pairs, hll_weight, training(seed), ...
+    cfg, # with the attributes of `Preset` (chapter 51): length, pairs, epoch, qp, augment, weights, model, eval_pairs, judge_pairs, hll_weight, training(seed), ...
     trained=None, # people who are trained on; None: everybody else
     judge_seed:int=None, # of the pairs that judge; None: other pairs for each seed
     journal=None, # a `Journal`; None: kept nowhere
@@ -117,7 +118,10 @@ def fold(
     test = data(unseen, (seed if judge_seed is None else judge_seed)+20_000)
     torch.manual_seed(seed); model = build_stf_mamba(cfg.model, cfg.weights)
     device,seen,how = 'cuda' if torch.cuda.is_available() else 'cpu',Seen(pair_epochs(learn, cfg)),cfg.training(seed)
-    h = train(model, seen, lambda m,b: stf_loss(m(b.frames), b.label, b.pair, cfg.model.hll_loss, cfg.hll_weight), how,
+    def loss(m, b):
+        if cfg.augment: b = after_codec(b, seed)
+        return stf_loss(m(b.frames), b.label, b.pair, cfg.model.hll_loss, cfg.hll_weight)
+    h = train(model, seen, loss, how,
               evaluate=lambda m: judge_pairs(m, watch, cfg.eval_pairs, device, workers=cfg.workers), journal=journal or Journal(''), progress=False)
     if h.reason!='steps': raise TrainingError(f'{h.said[-1]}; a training that was cut short is no result')
     last,k = judged(model, test, cfg.judge_pairs, seed, device, cfg.workers),judge_pairs(model, known, cfg.eval_pairs, device, workers=cfg.workers)

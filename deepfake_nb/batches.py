@@ -14,7 +14,6 @@ from fastcore.basics import patch
 from .clips import ClipSampler,FaceStore,StoreError
 from .masks import BlendError
 from .blend import VideoSBI,nearest_face
-from .backbones import standardise
 
 # %% ../nbs/17_batches.ipynb #e1c0a2b2
 TRIES = 6 # clips that may be rejected one after the other
@@ -109,6 +108,7 @@ def normalise(
     std, # of each colour
 )->Batch: # of floats
     "What the backbone asks of its input"
+    from deepfake_nb.backbones import standardise # here: a worker that makes pairs has no use for 200 MB of model code
     if batch.frames.dtype!=torch.uint8: raise ValueError(f'frames are {batch.frames.dtype}: normalised already? Bytes are expected')
     return replace(batch, frames=standardise(batch.frames, mean, std), mask=None if batch.mask is None else batch.mask.float()/255)
 

@@ -231,7 +231,7 @@ def check_clip(frames, landmarks):
     h,w = frames.shape[1:3]; inside = ((landmarks>=0)&(landmarks<[w,h])).all(-1).mean(1)
     if inside.min()<.5: raise BlendError(f'the face lies outside of the crop: in frame {int(inside.argmin())} only {inside.min():.0%} of its points are inside')
 
-# %% ../nbs/09_blend.ipynb #e817c866
+# %% ../nbs/09_blend.ipynb #f337ad1f
 Blended = namedtuple('Blended', 'real fake mask landmarks drift')
 
 def self_blend(
@@ -244,6 +244,7 @@ def self_blend(
     "Two views of one clip, one pasted into the other"
     check_clip(frames, landmarks)
     if draw.blend not in MIXERS: raise BlendError(f'no blend is called {draw.blend!r}: there are {", ".join(BLENDS)}')
+    if draw.side not in ('source','target'): raise BlendError(f"side is 'source' or 'target', not {draw.side!r}")
     shown = slice(None) if shown is None or len(shown)==len(frames) else list(shown); h,w = frames.shape[1:3]
     size,middle = face_size(landmarks),landmarks.mean((0,1)); lines,drift = seam(landmarks if source is None else source[1], draw, middle, size)
     clip,lines,(of_source,of_target) = frames[shown],lines[shown],places(draw, size)
@@ -258,7 +259,7 @@ def self_blend(
         f[:],m[:] = MIXERS[draw.blend](np.ascontiguousarray(s), np.ascontiguousarray(f), a, draw.ratio)
     return Blended(real, fake, mask, moved(landmarks[shown], middle, of_target), drift[shown].astype(np.float32))
 
-# %% ../nbs/09_blend.ipynb #6c769238
+# %% ../nbs/09_blend.ipynb #e57cb45e
 RATIOS = (.25, .5, .75, 1., 1., 1.)
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ class SBIConfig:
     "How training fakes are made; of every tuple of names or numbers one entry is drawn for each clip"
     length:int=0 # frames of a pair; 0: as many as the clip has
     hulls:tuple=tuple(HULLS)
-    blends:tuple=('alpha',)*8+('poisson','pyramid')
+    blends:tuple=('alpha',)*17+('poisson',)+('pyramid',)*2
     ratios:tuple=RATIOS
     drifts:tuple=('ou',)*14+('frozen',)*2+('jitter','brownian')+('abrupt',)*2
     points:tuple=(0,12) # control points of the boundary that walk, 0: all as one
@@ -320,7 +321,7 @@ class Pair:
     def boundary(self): # (T,S,S) float32 in [0,1]
         return boundary_map(self.mask.astype(np.float32)/255)
 
-# %% ../nbs/09_blend.ipynb #82f5ae52
+# %% ../nbs/09_blend.ipynb #28ac5524
 SMALL = .005 # least share of the frame under the mask
 
 def effect(
@@ -332,7 +333,7 @@ def effect(
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     d,m = cv2.absdiff(flat(real), flat(fake)),flat(mask)
     core,outside = cv2.compare(m, 127, cv2.CMP_GT),cv2.compare(m, 0, cv2.CMP_EQ)
-    inside = float(np.mean(cv2.mean(d, core)[:3])) if cv2.countNonZero(core)>=SMALL*core.size else 0.
+    n = cv2.countNonZero(core); inside = cv2.norm(d, cv2.NORM_L1, core)/(3*n) if n>=SMALL*core.size else 0.
     return inside,float(cv2.norm(d, cv2.NORM_INF, outside))
 
 # %% ../nbs/09_blend.ipynb #34640a75

@@ -45,9 +45,9 @@ def decode_crop(
     data:bytes, # from `encode_crop`
 )->np.ndarray: # `(H,W,3)` uint8 RGB
     "The image in `data`"
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if data else None
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
     if image is None: raise ValueError('not an image')
-    return np.ascontiguousarray(image[...,::-1])
+    return image
 
 # %% ../nbs/05_clips.ipynb #0595fc0d
 SOUND_RATE = 16000 # samples a second
@@ -223,6 +223,14 @@ def _zip(self:FaceStore, shard):
     return z
 
 # %% ../nbs/05_clips.ipynb #66f23050
+def _npy(data):
+    "The array in the bytes of a .npy file, not copied"
+    f = io.BytesIO(data); version = np.lib.format.read_magic(f)
+    if version!=(1,0): raise ValueError(f'.npy version {version}')
+    shape,fortran,dtype = np.lib.format.read_array_header_1_0(f)
+    if dtype.hasobject or fortran: raise ValueError(f'not a plain array: {dtype}')
+    return np.frombuffer(data, dtype, offset=f.tell()).reshape(shape)
+
 @patch
 def _image(self:FaceStore, t, kind, i, shape):
     try:
@@ -233,7 +241,7 @@ def _image(self:FaceStore, t, kind, i, shape):
 
 @patch
 def _array(self:FaceStore, t, name):
-    try: return np.load(io.BytesIO(self._zip(t.shard).read(f'{t.n}/{name}.npy')), allow_pickle=False)
+    try: return _npy(self._zip(t.shard).read(f'{t.n}/{name}.npy'))
     except _DAMAGE as e: raise StoreError(t.shard, f'{name} cannot be read ({e})', t.key) from e
 
 @patch

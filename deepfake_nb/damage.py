@@ -61,7 +61,8 @@ def apply_look(
 )->np.ndarray: # a new clip of the same shape
     "Film `clip` with the camera of `draw`"
     t,h,wd,_ = clip.shape
-    out = cv2.LUT(np.ascontiguousarray(clip).reshape(t*h, wd, 3), light_table(draw)[None]).reshape(clip.shape)
+    table = light_table(draw)
+    out = cv2.LUT(np.ascontiguousarray(clip).reshape(t*h, wd, 3), table[None]).reshape(clip.shape) if (table!=np.arange(256)[:,None]).any() else np.array(clip)
     if draw.noise:
         tile,rng = _noise(h, wd, draw.noise, draw.seed)
         for f,(y,x) in zip(out, rng.integers(33, size=(t,2))): cv2.add(f, tile[y:y+h,x:x+wd], dst=f, dtype=cv2.CV_8U)

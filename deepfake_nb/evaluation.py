@@ -10,7 +10,7 @@ __all__ = ['SELF', 'UNITS', 'LADDER', 'FEATURES', 'FINAL', 'Gate', 'WORDS', 'Eva
            'allowed']
 
 # %% ../nbs/40_evaluation.ipynb #b30a12c3
-import re,numpy as np,pandas as pd,torch,matplotlib.pyplot as plt
+import cv2,re,numpy as np,pandas as pd,torch,matplotlib.pyplot as plt
 from collections import namedtuple
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -185,14 +185,17 @@ def cross_validated(
 LADDER = (18, 22, 26, 30, 34)
 FEATURES = tuple(f'log error at QP {q}' for q in LADDER)+('log bytes at QP 22',)
 
+def _grey(clip): # (T,S,S,3) uint8 -> (T,S,S) float32, the plain mean of the colours
+    return cv2.transform(clip.reshape(-1, clip.shape[2], 3).astype(np.float32), np.full((1,3), 1/3, np.float32)).reshape(clip.shape[:3])
+
 def codec_features(
     frames:np.ndarray, # (T,S,S,3) uint8
     free:np.ndarray, # (S,S) bool, the surround; the rest is painted grey
 )->np.ndarray: # (6,), see FEATURES
     "How was this surround coded? Nothing else"
     x = np.where(free[...,None], frames, 128).astype(np.uint8)
-    again = [recompress(x, q) for q in LADDER]
-    error = [((a.astype(np.float32).mean(-1)-x.astype(np.float32).mean(-1))[:,free]**2).mean() for a,_ in again]
+    again,grey = [recompress(x, q) for q in LADDER],_grey(x)
+    error = [((_grey(a)-grey)[:,free]**2).mean() for a,_ in again]
     return np.array([*np.log(np.array(error)+.05), np.log(again[1][1])])
 
 # %% ../nbs/40_evaluation.ipynb #eea7b17a

@@ -39,6 +39,7 @@ class Preset:
     judge_pairs:int=60 # self-blended pairs in the last one
     hll_weight:float=.1 # of the contrastive HLL loss beside cross-entropy
     qp:tuple=(23,40) # of the H.264 re-compression, least and most
+    augment:bool=True # flip, crop, recolour and erase after the codec, the same for both of a pair (chapter 19)
     weights:str='pack' # pretrained backbone: a file, or 'pack'
     model:STFConfig=field(default_factory=STFConfig) # the network
     def training(self, seed): # the part that the loop reads
