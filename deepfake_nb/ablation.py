@@ -106,15 +106,15 @@ def fold(
     store, # a `FaceStore`
     unseen, # people who judge
     seed:int, # of the training: new weights, its pairs, dropout
-    cfg, # with the attributes of `Preset` (chapter 51): length, pairs, epoch, qp, augment, weights, model, eval_pairs, judge_pairs, hll_weight, training(seed), ...
+    cfg, # with the attributes of `Preset` (chapter 51): length, pairs, epoch, qp, forge, ease, augment, weights, model, eval_pairs, judge_pairs, hll_weight, training(seed), ...
     trained=None, # people who are trained on; None: everybody else
     judge_seed:int=None, # of the pairs that judge; None: other pairs for each seed
     journal=None, # a `Journal`; None: kept nowhere
 )->dict: # unseen, trained (number), seed, steps, params, start, auc, lo, hi, curve, on_the_trained, step_s, learned_on and judged_on (fingerprints), scores
     "Train on everybody else, with the fixed schedule; judge its last weights on the unseen"
     trained,unseen = others(store, unseen) if trained is None else list(trained),list(unseen)
-    data = lambda who,s: PairDataset(store, who, cfg.length, seed=s, qp=cfg.qp)
-    learn,watch,known = data(trained, seed),data(unseen, seed+10_000),data(trained, seed+30_000)
+    data = lambda who,s,ease=0: PairDataset(store, who, cfg.length, seed=s, qp=cfg.qp, ease=ease, **cfg.forge)
+    learn,watch,known = data(trained, seed, cfg.ease),data(unseen, seed+10_000),data(trained, seed+30_000)
     test = data(unseen, (seed if judge_seed is None else judge_seed)+20_000)
     torch.manual_seed(seed); model = build_stf_mamba(cfg.model, cfg.weights)
     device,seen,how = 'cuda' if torch.cuda.is_available() else 'cpu',Seen(pair_epochs(learn, cfg)),cfg.training(seed)

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader,Dataset,Sampler
 from fastcore.basics import patch
 from .clips import ClipSampler,FaceStore,StoreError
 from .masks import BlendError
-from .blend import VideoSBI,nearest_face
+from .blend import GENTLE,VideoSBI,nearest_face
 
 # %% ../nbs/17_batches.ipynb #e1c0a2b2
 TRIES = 6 # clips that may be rejected one after the other
@@ -26,6 +26,7 @@ class PairDataset(Dataset):
         length:int, # T, frames of a clip
         seed:int=0, # of the training; an evaluation takes another
         qp:tuple=(23,40), # of the encoder
+        ease:int=0, # epochs in which gentle forgeries (`GENTLE`) give way to all: all gentle in the first, none from this one on
         swap:float=0., # how often the face of another person of these groups is pasted instead of the clip's own
         **kw, # more fields of `SBIConfig`: codec, look, drifts, ...
     ):
@@ -34,26 +35,32 @@ class PairDataset(Dataset):
         if unknown := sorted(groups-{n for t in tracks for n in (t.group, t.video, t.key)}): raise StoreError(store.folder.name, f"{', '.join(unknown)}: no track of that name", remedy='look at `store.tracks`; perhaps no face was found in these videos')
         if fakes := [t.key for t in tracks if t.label]: raise StoreError(store.folder.name, f'{len(fakes)} tracks are fakes already; a pair is made of a real clip', fakes[0], remedy='leave fakes out of the training manifest')
         if swap and len({t.group for t in tracks})<2: raise StoreError(store.folder.name, 'faces are to be swapped, and there is one person only', remedy='swap=0, or more people')
-        self.store,self.tracks,self.length,self.seed,self.swap,self.faces = store,tracks,length,seed,swap,None
+        self.store,self.tracks,self.length,self.seed,self.ease,self.swap,self.faces = store,tracks,length,seed,ease,swap,None
         self.draw,self.sbi = ClipSampler(tracks, length),VideoSBI(qp=tuple(qp), **kw)
-    def __getitem__(self, at):
-        rejected = []
-        for again in range(TRIES):
-            try: return self.make(*at, again)|dict(rejected=rejected, at=at)
-            except BlendError as e: rejected.append(str(e))
-        raise BlendError(f'pair {at}: {TRIES} clips were rejected one after the other; the last: {rejected[-1]}. Look at the crops (`contact_sheet`), or leave these videos out')
+        self.gentle = VideoSBI(qp=tuple(qp), **kw|GENTLE)
+
+# %% ../nbs/17_batches.ipynb #914a55cb
+@patch
+def __getitem__(self:PairDataset, at):
+    "The pair `(epoch, index)`, of the first clip that can be forged"
+    rejected = []
+    for again in range(TRIES):
+        try: return self.make(*at, again)|dict(rejected=rejected, at=at)
+        except BlendError as e: rejected.append(str(e))
+    raise BlendError(f'pair {at}: {TRIES} clips were rejected one after the other; the last: {rejected[-1]}. Look at the crops (`contact_sheet`), or leave these videos out')
 
 # %% ../nbs/17_batches.ipynb #564aa8af
 @patch
 def make(self:PairDataset, epoch, index, again=0)->dict: # one pair as tensors, and where it comes from
     "Read only the frames that the pair's clock shows, and forge"
     at = [self.seed, epoch, index]; key,start = self.draw(self.seed, epoch, index+again*2**40)
-    rate = self.sbi.clock([*at, 2, again], self.length, self.store[key].frames-start)
+    sbi = self.gentle if epoch<self.ease and np.random.default_rng([*at, 5, again]).random()*self.ease>=epoch else self.sbi
+    rate = sbi.clock([*at, 2, again], self.length, self.store[key].frames-start)
     clip = self.store.read(key, start, rate.span)
     other = self.nearest(clip) if self.swap and np.random.default_rng([*at, 4, again]).random()<self.swap else None
-    pair = self.sbi(clip, np.random.default_rng([*at, 1, again]), other, rate)
+    pair = sbi(clip, np.random.default_rng([*at, 1, again]), other, rate)
     arrays = {k:torch.from_numpy(np.ascontiguousarray(getattr(pair, k))) for k in ('real','fake','mask','landmarks','times','drift')}
-    return arrays|dict(key=key, group=clip.group, start=start, other=pair.draws['other'])
+    return arrays|dict(key=key, group=clip.group, start=start, other=pair.draws['other'], gentle=sbi is self.gentle)
 
 @patch
 def nearest(self:PairDataset, clip):

@@ -11,9 +11,11 @@ __all__ = ['PRESETS', 'PHASE_B', 'PACK_HELD_OUT', 'PLAN', 'SHARED', 'Preset', 's
 import argparse,hashlib,json,sys
 from dataclasses import asdict,dataclass,field,replace
 from pathlib import Path
+from fastcore.basics import patch
 import deepfake_nb
 from .pack import home
 from .clips import real_groups
+from .blend import GENTLE
 from .datasets import Split,folder_manifest,pack_manifest,split_groups
 from .stf_mamba import STFConfig
 from .budget import price_of
@@ -38,19 +40,25 @@ class Preset:
     eval_every:int=100 # optimiser steps between two of them
     judge_pairs:int=60 # self-blended pairs in the last one
     hll_weight:float=.1 # of the contrastive HLL loss beside cross-entropy
-    qp:tuple=(23,40) # of the H.264 re-compression, least and most
+    qp:tuple=(23,40) # of the re-compression, least and most
+    forge:dict=field(default_factory=dict) # how pairs are forged, in training and in judging: fields of `SBIConfig` (chapter 9)
+    ease:int=0 # epochs in which gentle forgeries give way to all, in training
     augment:bool=True # flip, crop, recolour and erase after the codec, the same for both of a pair (chapter 19)
     weights:str='pack' # pretrained backbone: a file, or 'pack'
     model:STFConfig=field(default_factory=STFConfig) # the network
-    def training(self, seed): # the part that the loop reads
-        keys = 'steps lr backbone_scale warmup accumulate eval_every'.split()
-        return TrainConfig(seed=seed, **{k:getattr(self, k) for k in keys})
+
+# %% ../nbs/51_plan.ipynb #eec8a407
+@patch
+def training(self:Preset, seed):
+    "The part that the loop reads"
+    keys = 'steps lr backbone_scale warmup accumulate eval_every'.split()
+    return TrainConfig(seed=seed, **{k:getattr(self, k) for k in keys})
 
 # %% ../nbs/51_plan.ipynb #529087bc
 PRESETS = dict(
     tiny=Preset(size=96, pairs=1, epoch=8, steps=4, warmup=1, eval_pairs=3, eval_every=2, judge_pairs=6, model=STFConfig.phase_a('tiny')),
-    demo=Preset(model=STFConfig.phase_a('demo')),
-    full=Preset(length=32, pairs=2, epoch=720, workers=6, accumulate=4, steps=6300, warmup=315, lr=3e-4, backbone_scale=.01,
+    demo=Preset(forge=GENTLE, model=STFConfig.phase_a('demo')),
+    full=Preset(length=32, pairs=2, epoch=720, workers=6, accumulate=4, steps=6300, warmup=315, lr=3e-4, backbone_scale=.01, ease=20,
                 eval_pairs=140, eval_every=450, judge_pairs=280, weights='', model=STFConfig.phase_a('full')))
 PHASE_B = dict( # what Phase B does in another way; the same eyes, the same clips
     tiny=dict(model=STFConfig.phase_b('tiny')),
