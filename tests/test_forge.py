@@ -54,7 +54,8 @@ def test_a_forged_pair_or_a_clear_error(clip):
         assert p.real.shape==p.fake.shape and p.mask.shape==p.real.shape[:3] and p.mask.max()==255 and np.isfinite(p.drift).all()
         if not i%3==0: inside,outside = effect(p.real, p.fake, p.mask); assert inside>=sbi.cfg.least*.5 and outside==0 # half: repeated frames weigh twice
     print({k:{r:v.count(r) for r in set(v)} for k,v in sorted(seen.items())})
-    assert set(seen['nothing'])=={'pair'} and 'pair' not in sum((seen.get(k, []) for k in ('one colour','grey','short','float','far nan','huge values') if k!='one colour'), [])
+    assert set(seen['nothing'])=={'pair'} # the others are drawn often enough to be there, and none of these can be forged:
+    for k in ('grey','short','float','far nan','huge values'): assert seen[k] and 'pair' not in seen[k], k
 
 def print_of(pair): return hashlib.sha256(b''.join(np.ascontiguousarray(getattr(pair, k)).tobytes() for k in ('real','fake','mask','landmarks','times','drift'))).hexdigest()
 
