@@ -76,6 +76,7 @@ def test_own_folder_validation_people_and_a_real_gate(room, own):
     for label,film in (('real',own/'bob'/'carphone.mp4'),('fake',own/'carl'/'man.mp4')): (gate/label).mkdir(parents=True); shutil.copy(film, gate/label/f'{label} one.mp4'); shutil.copy(own/'ann'/'film.mp4' if label=='real' else own/'eve'/'film.mp4', gate/label/f'{label} two.mp4')
     rec = run_stage(notebook('evaluate'), given|dict(gate_videos=str(gate)), runs=runs).check()
     assert last(rec)['gate_name']=='gate on gate set' and last(rec)['judged_on_fakes']['counts']['fake_videos']==2
+    assert (last(train)['rejected'], last(rec)['rejected'])==(0,0) # every clip could be forged, and that is said
 
 def test_phase_b_listens_to_the_gate(room):
     no = run_stage(notebook('phase_b'), dict(preset='tiny', held_out='carman', gate='stop'), runs=room/'gated')
