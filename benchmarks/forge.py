@@ -4,9 +4,9 @@ import argparse,json,resource,statistics,subprocess,sys,tempfile,time
 import cv2,numpy as np
 from types import SimpleNamespace
 from deepfake_nb import blend as B
-from deepfake_nb.chunks import build_store
+from deepfake_nb.stores import build_store
 from deepfake_nb.damage import CodecDraw,apply_codec,apply_look,draw_codec,draw_look
-from deepfake_nb.datasets import pack_manifest
+from deepfake_nb.manifest import pack_manifest
 from deepfake_nb.faces import face_tracks
 from deepfake_nb.pack import sample
 from deepfake_nb.video import VideoFile

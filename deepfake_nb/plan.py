@@ -16,7 +16,7 @@ import deepfake_nb
 from .pack import home
 from .clips import real_groups
 from .blend import GENTLE
-from .datasets import Split,folder_manifest,pack_manifest,split_groups
+from .manifest import Split,folder_manifest,pack_manifest,split_groups
 from .stf_mamba import STFConfig
 from .budget import price_of
 from .training import TrainConfig,cosine_lr

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import cv2,numpy as np,pytest,torch
 from deepfake_nb.batches import PairDataset,collate,pair_loader
 from deepfake_nb.blend import BlendError,SBIConfig,VideoSBI,effect,self_blend,draw_blend
-from deepfake_nb.chunks import build_store
+from deepfake_nb.stores import build_store
 from deepfake_nb.damage import RateDraw
-from deepfake_nb.datasets import pack_manifest
+from deepfake_nb.manifest import pack_manifest
 from deepfake_nb.losses import stf_loss
 from deepfake_nb.stf_mamba import STFConfig,build_stf_mamba
 from deepfake_nb.video import VideoError

@@ -5,8 +5,8 @@ import pytest,torch,torch.nn.functional as F
 from torch import nn
 from deepfake_nb.backbones import WeightsError,load_backbone
 from deepfake_nb.batches import PairDataset
-from deepfake_nb.chunks import build_store
-from deepfake_nb.datasets import pack_manifest
+from deepfake_nb.stores import build_store
+from deepfake_nb.manifest import pack_manifest
 from deepfake_nb.hydra import Hydra,quasiseparable_matrix
 from deepfake_nb.losses import contrastive_hll,stf_loss
 from deepfake_nb.scan import FORMS,BackendError,BiMamba,Mamba

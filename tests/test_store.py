@@ -139,8 +139,8 @@ if __name__=='__main__': main()
 
 def test_pairs_are_the_same_with_workers_of_their_own(tmp_path):
     "The default way workers are born (forkserver), which a notebook cannot show: its classes live in no module"
-    from deepfake_nb.chunks import build_store
-    from deepfake_nb.datasets import pack_manifest
+    from deepfake_nb.stores import build_store
+    from deepfake_nb.manifest import pack_manifest
     report = build_store(pack_manifest(['man']), tmp_path/'store', size=96)
     (tmp_path/'pairs.py').write_text(PAIRS)
     r = subprocess.run([sys.executable, tmp_path/'pairs.py', report.folder], capture_output=True, text=True, timeout=300, env=ENV)
@@ -149,8 +149,8 @@ def test_pairs_are_the_same_with_workers_of_their_own(tmp_path):
     assert len(none)==3 and none==one==two
 
 def test_a_store_built_by_two_processes_is_the_same(tmp_path):
-    from deepfake_nb.chunks import build_store
-    from deepfake_nb.datasets import folder_manifest,pack_manifest
+    from deepfake_nb.stores import build_store
+    from deepfake_nb.manifest import folder_manifest,pack_manifest
     (tmp_path/'v').mkdir(); (tmp_path/'v'/'letter.mp4').write_text('no film')
     videos = list(pack_manifest(['man','carphone']))+folder_manifest(tmp_path/'v')
     one,two = build_store(videos, tmp_path/'one', size=96),build_store(videos, tmp_path/'two', size=96, workers=2)
@@ -160,16 +160,16 @@ def test_a_store_built_by_two_processes_is_the_same(tmp_path):
 BUILD = """
 import sys,time
 from pathlib import Path
-from deepfake_nb.chunks import build_store
-from deepfake_nb.datasets import pack_manifest
+from deepfake_nb.stores import build_store
+from deepfake_nb.manifest import pack_manifest
 def first_then_hang(row, done, total): Path(sys.argv[2]).touch(); time.sleep(60)
 if __name__=='__main__': build_store(pack_manifest(['man','carphone']), sys.argv[1], size=96, progress=first_then_hang)
 """
 
 def test_building_is_killed_and_goes_on(tmp_path):
     "kill -9 in the middle of `build_store`: the second run uses what is whole and ends with the same store"
-    from deepfake_nb.chunks import build_store
-    from deepfake_nb.datasets import pack_manifest
+    from deepfake_nb.stores import build_store
+    from deepfake_nb.manifest import pack_manifest
     videos,mark = pack_manifest(['man','carphone']),tmp_path/'first is done'
     whole = build_store(videos, tmp_path/'whole', size=96)
     (tmp_path/'build.py').write_text(BUILD)

@@ -6,7 +6,7 @@ tools/controls.py --videos DIR --pairs 400 --seed 0   people of your own, a fold
 import argparse,json,sys
 import cv2,numpy as np,torch
 from deepfake_nb.blend import VideoSBI
-from deepfake_nb.chunks import build_store
+from deepfake_nb.stores import build_store
 from deepfake_nb.clips import ClipSampler
 from deepfake_nb.controls import PROBES,by_draw,controls,leaks,readings
 from deepfake_nb.plan import find_videos,settings,store_folder

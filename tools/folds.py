@@ -6,7 +6,7 @@ tools/folds.py --videos DIR --unseen a,b,c       one fold of your own: everybody
 import argparse,json,statistics,sys
 import torch
 from deepfake_nb.ablation import fold
-from deepfake_nb.chunks import build_store
+from deepfake_nb.stores import build_store
 from deepfake_nb.clips import real_groups
 from deepfake_nb.plan import find_videos,settings,store_folder
 

@@ -12,7 +12,7 @@ def tuples(v): return tuple(map(tuples, v)) if isinstance(v, list) else v
 def train(a):
     "Fixed schedule, last weights, one thread; 60 pairs of the unseen person are kept for judging"
     from deepfake_nb.batches import PairDataset,pair_loader
-    from deepfake_nb.chunks import build_store
+    from deepfake_nb.stores import build_store
     from deepfake_nb.journal import Journal
     from deepfake_nb.losses import stf_loss
     from deepfake_nb.evaluation import judge_pairs

@@ -4,12 +4,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+def number(path):
+    "'06b_x.ipynb' -> (6, 'b'): a letter comes after the bare number"
+    n,letter = re.match(r'(\d+)([a-z]?)_', path.name).groups()
+    return int(n),letter
+
 def chapters(nbs):
     "module -> (number, notebook) of every chapter that exports one"
     res = {}
     for p in sorted(Path(nbs).glob('[0-9]*.ipynb')):
         src = '\n'.join(''.join(c['source']) for c in json.loads(p.read_text())['cells'] if c['cell_type']=='code')
-        if m := re.search(r'^#\|\s*default_exp\s+(\S+)', src, re.M): res[m[1]] = (int(re.match(r'\d+', p.name)[0]), p)
+        if m := re.search(r'^#\|\s*default_exp\s+(\S+)', src, re.M): res[m[1]] = (number(p), p)
     return res
 
 def imported(src, lib='deepfake_nb'):
@@ -26,12 +31,11 @@ def check(nbs=ROOT/'nbs'):
     "Every import that breaks the law"
     known,bad = chapters(nbs),[]
     for p in sorted(Path(nbs).glob('[0-9]*.ipynb')):
-        number = int(re.match(r'\d+', p.name)[0])
         for c in json.loads(p.read_text())['cells']:
             if c['cell_type']!='code': continue
             for m in imported(''.join(c['source'])):
                 if m not in known: bad.append(f'{p.name} imports {m}, which no chapter exports')
-                elif known[m][0]>number or (known[m][0]==number and known[m][1]!=p): bad.append(f'{p.name} imports {m} of the later chapter {known[m][1].name}')
+                elif known[m][0]>number(p) or (known[m][0]==number(p) and known[m][1]!=p): bad.append(f'{p.name} imports {m} of the later chapter {known[m][1].name}')
     return bad
 
 if __name__=='__main__':
