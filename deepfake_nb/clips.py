@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SOUND_RATE', 'ARRAYS', 'StoreError', 'encode_crop', 'decode_crop', 'TrackInfo', 'ShardWriter', 'cut_sound',
-           'open_shard', 'Clip', 'FaceStore', 'ClipSampler', 'sample_clip', 'real_groups']
+           'open_shard', 'Clip', 'FaceStore', 'ClipSampler', 'sample_clip', 'real_groups', 'windows']
 
 # %% ../nbs/05_clips.ipynb #970435e6
 import contextlib,cv2,hashlib,io,json,numpy as np,os,re,shutil,struct,tempfile,zipfile
@@ -244,12 +244,21 @@ def _array(self:FaceStore, t, name):
     try: return _npy(self._zip(t.shard).read(f'{t.n}/{name}.npy'))
     except _DAMAGE as e: raise StoreError(t.shard, f'{name} cannot be read ({e})', t.key) from e
 
+# %% ../nbs/05_clips.ipynb #15a3e6a0
 @patch
 def landmarks(self:FaceStore,
     key:str, # of a track
 )->np.ndarray: # (T,468,2) float32, crop pixels
     "All meshes of a track, without its crops"
     return self._array(self[key], 'landmarks')
+
+@patch
+def arrays(self:FaceStore,
+    key:str, # of a track
+)->dict: # name -> an array with a row a frame; with native patches also their offsets, and `native`, their (h, w)
+    "All that is kept of a track beside its crops and its sound"
+    t = self[key]
+    return {a:self._array(t, a) for a in ARRAYS+(('native_offset',) if t.native else ())}|dict(native=t.native)
 
 # %% ../nbs/05_clips.ipynb #c9c16de4
 @patch
@@ -321,3 +330,14 @@ def real_groups(
 )->list: # names
     "The people of the real clips, fakes left out"
     return sorted({t.group for t in store.tracks if t.label==0})
+
+# %% ../nbs/05_clips.ipynb #87886b66
+def windows(
+    frames:int, # of the track
+    length:int, # T of a window
+    most:int=4, # windows in a track
+)->list: # first frames
+    "Evenly spaced windows, the first and the last frame among them"
+    if frames<length: return []
+    n = min(most, max(1, frames//length))
+    return np.linspace(0, frames-length, n).round().astype(int).tolist() if n>1 else [(frames-length)//2]

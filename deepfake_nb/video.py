@@ -147,11 +147,12 @@ class VideoFile:
         source, # a path, or a seekable binary file object (which stays open)
         name:str=None, # for messages; default the path
         caps:Caps=Caps(), # what we are willing to open
+        wanted=None, # number of a frame -> whether its picture is needed; the others are decoded, not converted and not given
     ):
-        self.source,self.caps,self.name,self.width,self.height = source,caps,_called(source, name),None,None
+        self.source,self.caps,self.name,self.width,self.height,self.wanted = source,caps,_called(source, name),None,None,None
         for f in self: break
         self.height,self.width = f.image.shape[:2]
-        self._forget()
+        self.wanted = wanted; self._forget()
     def _forget(self): self.lost,self.reasons = 0,Counter()
     def _lose(self, why, n=1): self.reasons[why] += n; self.lost += n; return n
     def __repr__(self): return f'{Path(self.name).name}: {self.width} x {self.height}, {self.rate:.2f} frames/s, {self.seconds:.2f} s, {self.codec}, sound {"yes" if self.has_sound else "no"}'
@@ -167,7 +168,7 @@ def _describe(self:VideoFile, c):
     self.codec,self.has_sound = s.codec_context.name,bool(c.streams.audio)
     guess = s.guessed_rate or Fraction(25)
     self.rate = float(s.average_rate if s.average_rate and s.average_rate<1.05*guess else guess)
-    self.seconds = (c.duration or 0)/av.time_base
+    self.seconds = (c.duration or 0)/av.time_base; self.announced = s.frames or round(self.seconds*self.rate)
     if self.seconds>self.caps.seconds: raise VideoError(self.name, f'{self.seconds:.0f} seconds, the cap is {self.caps.seconds:.0f}', 'cut it, or raise Caps.seconds')
     s.codec_context.thread_count,s.codec_context.options = 1,dict(err_detect='explode')
     return s
@@ -223,6 +224,7 @@ def __iter__(self:VideoFile):
             due = max(due or 0, time+max(usual, 0 if steady else float((f.duration or 0)*s.time_base)))
             if time<=last: why = 'out of order'
             last = max(last, time)
+            if not why and self.wanted and not self.wanted(index): kept,seen,index = kept+1,self.lost,index+1; continue
             image = None if why else _upright(f)
             if not why and self.width and image.shape[:2]!=(self.height, self.width): why = 'another size'
             if why: self._lose(why)
