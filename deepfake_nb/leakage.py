@@ -7,7 +7,7 @@ __all__ = ['FLAT', 'BITS', 'Pair', 'SAYS', 'KINDS', 'Chain', 'picture_hash', 'di
            'Tie', 'find_ties', 'file_sums', 'Leaks', 'LeakError', 'audit', 'show_leaks', 'between', 'without_leaks',
            'main']
 
-# %% ../nbs/06c_leakage.ipynb #1aaa09b2
+# %% ../nbs/06c_leakage.ipynb #d0f39157
 import argparse,cv2,numpy as np,sys
 from collections import Counter,defaultdict,namedtuple
 from dataclasses import dataclass,replace
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .manifest import DatasetError,Manifest,Video,connected,tokens
 from .pack import sha256
 
-# %% ../nbs/06c_leakage.ipynb #6ecc0bd4
+# %% ../nbs/06c_leakage.ipynb #eff82bf6
 _i,_j = np.indices((64,64))
 _COARSE = np.argsort((_i+_j)*64+_i, axis=None)[1:257] # the coarsest 256 coefficients, without the mean
 FLAT = 2. # grey levels: a crop whose spread is less shows nothing, and its signs are noise
@@ -36,10 +36,10 @@ def distance(
     "How many bits differ"
     return np.bitwise_count(a^b).sum(-1, dtype=int)
 
-# %% ../nbs/06c_leakage.ipynb #989029ee
+# %% ../nbs/06c_leakage.ipynb #aaeac49f
 BITS = 24 # as many may differ between two pictures that count as the same
 
-# %% ../nbs/06c_leakage.ipynb #5badb3ff
+# %% ../nbs/06c_leakage.ipynb #92a830f5
 def face_hashes(
     store, # a `FaceStore`
     each:int=8, # frames from one hash to the next
@@ -51,7 +51,7 @@ def face_hashes(
         found[t.video] += [picture_hash(c)[None] for c in crops if c.mean(-1).std()>=FLAT]
     return {k:np.concatenate(hs) for k,hs in found.items()}
 
-# %% ../nbs/06c_leakage.ipynb #a736d692
+# %% ../nbs/06c_leakage.ipynb #f8668dbf
 def _meet(key, # `(N,)` of which equal ones are wanted
           owner): # `(N,)`: pairs of one owner are not
     "All pairs of indices with equal keys and different owners, a block at a time"
@@ -74,7 +74,7 @@ def near(
         found = np.unique(np.concatenate([found, *here]))
     return np.stack(np.divmod(found, max(n, 1)), 1)
 
-# %% ../nbs/06c_leakage.ipynb #289de368
+# %% ../nbs/06c_leakage.ipynb #9fd9f5e8
 Pair = namedtuple('Pair', 'a b k n') # keys of two videos; k of the n hashes of the shorter one have a partner in the other
 
 def same_pictures(
@@ -87,7 +87,7 @@ def same_pictures(
         for hit,x in zip(touched[owner[i],owner[j]], (i,j)): hit.add(x)
     return [Pair(keys[a], keys[b], len(hit[size[b]<size[a]]), min(size[a], size[b])) for (a,b),hit in sorted(touched.items())]
 
-# %% ../nbs/06c_leakage.ipynb #9c057fc2
+# %% ../nbs/06c_leakage.ipynb #b41953d6
 SAYS = dict(key='are the same video ({})', file='are the same file (sha256 {:.12}...)', pictures='show the same pictures ({})', original='come from the same original {}',
             person='share the person {}', recording='are cut from the same recording {}', group='are both in the group {}')
 KINDS = tuple(SAYS) # what may be allowed, the surest first
@@ -106,7 +106,7 @@ def _words(v, sums):
     given = [('key', v.key), ('file', sums.get(v.key)), *[(kind(t), t) for t in tokens(v)], ('group', v.group)]
     return dict.fromkeys(w for w in given if w[1])
 
-# %% ../nbs/06c_leakage.ipynb #d90eda52
+# %% ../nbs/06c_leakage.ipynb #89cc22ee
 def _bags(ties, n): # for each of `n` rows, the numbers of its ties
     bags = [[] for _ in range(n)]
     for t,tie in enumerate(ties):
@@ -130,7 +130,7 @@ def find_ties(
     part = connected(_bags([t for t in ties if t.kind in ('person','original','recording')], len(videos)))
     return sorted((t for t in ties if t.kind!='group' or len({part[i] for i in t.videos})>1), key=lambda t: KINDS.index(t.kind))
 
-# %% ../nbs/06c_leakage.ipynb #5f38b3ec
+# %% ../nbs/06c_leakage.ipynb #857594b5
 def file_sums(
     videos, # rows
 )->tuple: # dict key -> sha256, and a list of `Skipped`
@@ -141,7 +141,7 @@ def file_sums(
     read = {p:sha256(p) for p in dict.fromkeys(v.path for v in plain)}
     return {v.key:read[v.path] for v in plain},[(k, f'not hashed: {r}') for k,r in why.items() if r]
 
-# %% ../nbs/06c_leakage.ipynb #54c59d56
+# %% ../nbs/06c_leakage.ipynb #ecc46961
 Chain = namedtuple('Chain', 'videos ties') # numbers of rows from one side to the other, and the ties between neighbours
 
 def _reach(start, ties, bags):
@@ -164,7 +164,7 @@ def _members(part): # component -> rows
     for i,c in enumerate(part): found[c].append(i)
     return found
 
-# %% ../nbs/06c_leakage.ipynb #b0c0130f
+# %% ../nbs/06c_leakage.ipynb #c941b38c
 def _clash(x, y, between): return bool(x[1] and y[1] and x[1]!=y[1] and (not between or x[0]!=y[0])) # two sides, each (number of the set, split)
 
 def _crossing(ties, sides, between):
@@ -177,7 +177,7 @@ def _crossing(ties, sides, between):
             found.append(_chain(came, next(j for j in came if sides[j]==y)))
     return found
 
-# %% ../nbs/06c_leakage.ipynb #f2287ba6
+# %% ../nbs/06c_leakage.ipynb #f195fdd1
 @dataclass(repr=False)
 class Leaks:
     "What an audit looked at, and what it found"
@@ -201,7 +201,7 @@ class Leaks:
     def say(self, chain): return '; '.join(f'{self.name(a)} and {self.name(b)} {t}' for a,b,t in zip(chain.videos, chain.videos[1:], chain.ties))
     def where(self, tie): return ', '.join(f"{n} {s or 'not split'}" for s,n in Counter(self.sides[i][1] for i in tie.videos).items())
 
-# %% ../nbs/06c_leakage.ipynb #c32c10a5
+# %% ../nbs/06c_leakage.ipynb #ce64cdd9
 def _few(lines, n=8): return [*lines[:n], *([f'... and {len(lines)-n} more'] if len(lines)>n else [])]
 
 @patch
@@ -215,7 +215,7 @@ def __repr__(self:Leaks):
         *([f'accepted though on more than one side: {len(self.allowed)}', *_few([f'  {t.kind} {t.word}: {self.where(t)}' for t in self.allowed])] if self.allowed else []),
         *([f'LEAKS: {len(self.crossing)}', *_few(['  '+self.say(c) for c in self.crossing])] if self.crossing else ['nothing is on both sides'])])
 
-# %% ../nbs/06c_leakage.ipynb #532c1d7d
+# %% ../nbs/06c_leakage.ipynb #dfbb5253
 class LeakError(DatasetError):
     "Something is on both sides of a split; `leaks` is the whole report"
     def __init__(self, message, leaks=None): super().__init__(message); self.leaks = leaks
@@ -226,14 +226,11 @@ def _judge(leaks):
     kinds = ', '.join(k for k in KINDS if any(t.kind==k for x in c for t in x.ties))
     raise LeakError(f"{len(c)} leaks. {'. '.join(_few([leaks.say(x) for x in c]))}. Split by people (`split_people`, `split_groups`), drop what leaks (`without_leaks`), or accept a kind of link knowingly (`allow`: {kinds})", leaks)
 
-# %% ../nbs/06c_leakage.ipynb #fdb96a26
-def _checked(videos, sums, faces, allow):
-    "Errors for what is asked in vain"
-    keys = {v.key for v in videos}
+# %% ../nbs/06c_leakage.ipynb #ee132bec
+def _checked(videos, allow):
+    "Errors for names that mean nothing"
     if odd := set(allow)-set(KINDS): raise DatasetError(f"allow: no kind of link is called {', '.join(sorted(odd))}; there are {', '.join(KINDS)}")
     if odd := [v for v in videos if v.split not in ('','train','val','test')]: raise DatasetError(f'{odd[0].key}: {odd[0].split!r} is no split: train, val, test or nothing')
-    for what,d in (('sums',sums),('faces',faces)):
-        if d and not keys&set(d): raise DatasetError(f'{what}: not one of its {len(d)} keys is among the videos (the first is {next(iter(d))}); make it from the same manifest')
 
 def _accepted(ties, sides, allow, between):
     "Ties of allowed kinds that stand on two sides, or are links of a chain that does"
@@ -241,16 +238,16 @@ def _accepted(ties, sides, allow, between):
     apart = lambda t: any(_clash(x, y, between) for x,y in combinations({sides[i] for i in t.videos}, 2))
     return [t for t in ties if t.kind in allow and (t in chains or apart(t))]
 
-# %% ../nbs/06c_leakage.ipynb #8c2d201e
+# %% ../nbs/06c_leakage.ipynb #e6e15ed7
 def _look(videos, sides, sums, faces, allow, bits, between=False):
     "The report, whatever it says"
-    _checked(videos, sums, faces, allow); sums,faces = sums or {},faces or {}
+    _checked(videos, allow); sums,faces = sums or {},faces or {}
     ties = find_ties(videos, sums, faces, bits); strict = [t for t in ties if t.kind not in allow]
     told = [t for t in ties if not between or len({sides[i][0] for i in t.videos})>1]
     return Leaks(videos, sides, told, connected(_bags(strict, len(videos))), _crossing(strict, sides, between), _accepted(ties, sides, allow, between),
                  sum(bool(sums.get(v.key)) for v in videos), sum(len(faces.get(v.key, ()))>0 for v in videos))
 
-# %% ../nbs/06c_leakage.ipynb #a7c21ecb
+# %% ../nbs/06c_leakage.ipynb #54748f7c
 def _single(videos):
     "The rows, if each key is there once"
     at = defaultdict(list)
@@ -269,7 +266,7 @@ def audit(
     videos = _single([v for m in manifests for v in ([m] if isinstance(m, Video) else m)])
     return _judge(_look(videos, [(0, v.split) for v in videos], sums, faces, allow, bits))
 
-# %% ../nbs/06c_leakage.ipynb #39ceb599
+# %% ../nbs/06c_leakage.ipynb #02c291b6
 _COLOURS = {'train':'C0', 'val':'C2', 'test':'C3', '':'.75'} # as in `show_groups`
 
 def _arc(ax, a, b):
@@ -277,7 +274,7 @@ def _arc(ax, a, b):
     t = np.linspace(-1, 1, 30); (x,y),(z,_) = a,b
     ax.plot((x+z)/2+t*(z-x)/2, y-.14-min(.1*abs(z-x), .5)*(1-t*t), color='r', lw=1.3)
 
-# %% ../nbs/06c_leakage.ipynb #b39488cd
+# %% ../nbs/06c_leakage.ipynb #484034c8
 def show_leaks(
     leaks:Leaks, # from `audit`, or `LeakError.leaks`
     most:int=12, # components
@@ -301,7 +298,7 @@ def show_leaks(
     ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1,.5))
     return ax
 
-# %% ../nbs/06c_leakage.ipynb #e711c38d
+# %% ../nbs/06c_leakage.ipynb #ee2bcb59
 def between(
     a, # a manifest: what is trained on
     b, # another: what is judged on
@@ -314,7 +311,7 @@ def between(
     "Make sure that nothing of one set is on another side of the other set, or raise `LeakError` with names"
     return _judge(_look([*a, *b], [(n, v.split or sides[n]) for n,m in enumerate((a, b)) for v in m], sums, faces, allow, bits, True))
 
-# %% ../nbs/06c_leakage.ipynb #ef111d73
+# %% ../nbs/06c_leakage.ipynb #14bf4857
 def without_leaks(
     manifest, # with splits
     keep:str='test', # the part that stays whole; of the others 'test' goes before 'val' before 'train'
@@ -335,7 +332,7 @@ def without_leaks(
     left = (manifest if isinstance(manifest, Manifest) else Manifest()).like([v for i,v in enumerate(videos) if i not in out], [(videos[i].key, r) for i,r in sorted(out.items())])
     return without_leaks(left, keep, sums, faces, allow, bits) if out else left
 
-# %% ../nbs/06c_leakage.ipynb #41543a95
+# %% ../nbs/06c_leakage.ipynb #2bb0338e
 def _steps(files, sums, allow):
     "All audits of some manifests: (what, function)"
     for path,m in files: yield str(path),lambda m=m: audit(m, sums, allow=allow)

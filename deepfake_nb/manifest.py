@@ -333,12 +333,17 @@ def split_people(
     return join_groups(stay)
 
 # %% ../nbs/06_manifest.ipynb #3ba53efc
+def _bytes(v):
+    "sha256 of a plain file; of anything else only who read it knows"
+    if v.member or v.kind!='video' or isinstance(v.path, str): return 'unread'
+    return sha256(v.path)
+
 def data_hash(
     videos, # a manifest
     sums:dict=None, # key -> sha256 of the file, where already known
 )->str: # 64 hexadecimal digits
     "Fingerprint of a set of videos, independent of their order and of where they lie"
     sums = sums or {}
-    rows = sorted(f'{v.key}\t{v.group}\t{v.label}\t{v.split}\t{sums.get(v.key) or sha256(v.path)}' for v in videos)
+    rows = sorted(f'{v.key}\t{v.group}\t{v.label}\t{v.split}\t{sums.get(v.key) or _bytes(v)}' for v in videos)
     if len({r.split('\t')[0] for r in rows})<len(rows): raise DatasetError('two videos have one key: make dataset, method, compression and name differ')
     return hashlib.sha256('\n'.join(rows).encode()).hexdigest()

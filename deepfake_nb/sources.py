@@ -170,7 +170,8 @@ class Stills:
         self.data,self.lost,self.reasons,steps = pictures,0,Counter(),np.diff([n for n,_ in self.pictures])
         if not self.pictures: raise VideoError(name, 'no picture in it')
         self.spread = len(steps)>0 and float(np.median(steps))>1 # samples of a film, not consecutive frames
-        self.seconds,self.announced = (self.pictures[-1][0]-self.pictures[0][0]+1)/self.rate,len(self.pictures)
+        span = self.pictures[-1][0]-self.pictures[0][0]+1
+        self.seconds,self.announced = span/self.rate,len(self.pictures) if self.spread else span
     def read(self, p): return self.data[p]() if callable(self.data[p]) else self.data[p]
 
 # %% ../nbs/06b_sources.ipynb #f5317b28

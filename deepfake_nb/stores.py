@@ -111,6 +111,7 @@ def _fill(path, v, settings, film, row, original=None):
             out.add(t, v.key, v.group, v.label, sound)
             seen.update(range(t.start, t.start+len(t.crops)))
         if original is None or row.boxes!='original': row.frames,row.seconds = frames.frames,round(frames.end-(frames.first or 0), 3)
+        row.size = (film.frames.height, film.frames.width) # of pictures only known now
         row.lost,row.why,row.tracks,row.tracked,row.shard = film.frames.lost,dict(film.frames.reasons),len(out.tracks),len(seen),path.name
         out.about['row'] = asdict(row)
 
