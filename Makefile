@@ -33,7 +33,7 @@ test: .venv/ready
 	$(ONE) $(PY) tools/check.py
 
 soak: .venv/ready
-	$(ONE) SOAK=$(SOAK) $(PY) -m pytest -s tests/test_store.py tests/test_checkpoints.py tests/test_training.py tests/test_video.py tests/test_forge.py tests/test_compile.py
+	$(ONE) SOAK=$(SOAK) $(PY) -m pytest -s tests/test_store.py tests/test_checkpoints.py tests/test_training.py tests/test_video.py tests/test_forge.py tests/test_compile.py tests/test_chunks.py tests/test_datasets.py
 
 lab: .venv/ready
 	$(PY) -m jupyter lab --notebook-dir=nbs

@@ -7,7 +7,7 @@ __all__ = ['ABOUT', 'LAYOUTS', 'MissingList', 'faceforensics', 'celebdf', 'dfdc'
            'dfdc_preview', 'dfdc_test', 'deeperforensics', 'About', 'Layout', 'read_dataset', 'Diagnosis', 'check',
            'main']
 
-# %% ../nbs/06e_datasets.ipynb #ddafdef8
+# %% ../nbs/06e_datasets.ipynb #db20d7fb
 import argparse,csv,hashlib,io,json,os,re,sys,time
 from collections import Counter,defaultdict,namedtuple
 from dataclasses import dataclass,field,replace
@@ -21,7 +21,7 @@ from .manifest import DatasetError,Manifest,SUFFIXES,Skipped,Video,csv_manifest,
 from .sources import PICTURES,is_archive,is_url,is_zip,list_archive,open_film,probe,read_member
 from .leakage import KINDS,LeakError,audit
 
-# %% ../nbs/06e_datasets.ipynb #ef1494cd
+# %% ../nbs/06e_datasets.ipynb #f1384f28
 _MOST = 1<<28 # bytes of a list or table
 _MISSING = 'listed, but not there'
 
@@ -41,7 +41,7 @@ class _Object(dict):
         self.twice = [k for k,n in Counter(k for k,_ in pairs).items() if n>1]
         super().__init__(reversed(pairs) if self.twice else pairs)
 
-# %% ../nbs/06e_datasets.ipynb #e2d00781
+# %% ../nbs/06e_datasets.ipynb #d8fcfcc7
 def _json(name, data, kind=dict):
     "What a JSON file says, if it is of the right kind"
     try: d = json.loads(data, object_pairs_hook=_Object)
@@ -56,7 +56,7 @@ def _table(path, *columns):
     if lacking := set(columns)-set(rows[0] if rows else ()): raise DatasetError(f"{path}: no column {', '.join(sorted(lacking))}")
     return [{k:v.strip() for k,v in r.items() if isinstance(k, str) and isinstance(v, str)} for r in rows]
 
-# %% ../nbs/06e_datasets.ipynb #8524c744
+# %% ../nbs/06e_datasets.ipynb #9df747b2
 def _folder(path):
     "An existing folder"
     path = Path(path).expanduser()
@@ -67,18 +67,22 @@ def _is_film(name): return os.path.splitext(name)[1].lower() in SUFFIXES and not
 
 def _here(folder):
     "Names of the files and of the folders in a folder"
-    with os.scandir(folder) as it: es = sorted(it, key=lambda e: e.name)
-    return [e.name for e in es if e.is_file()],[e.name for e in es if e.is_dir()]
+    try:
+        with os.scandir(folder) as it: es = sorted(it, key=lambda e: e.name)
+    except OSError as e: _cannot(e)
+    return [e.name for e in es if not e.is_dir()],[e.name for e in es if e.is_dir()]
+
+def _cannot(e): raise DatasetError(f'{e.filename}: cannot be looked into ({e.strerror}). Check the permissions') from e
 
 def _walk(top):
     "Every folder below `top` with the names of its files, hidden ones aside; links are followed once"
     seen = set()
-    for at,dirs,files in os.walk(top, followlinks=True):
+    for at,dirs,files in os.walk(top, onerror=_cannot, followlinks=True):
         if (real := os.path.realpath(at)) in seen: dirs.clear(); continue
         seen.add(real); dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
         yield Path(at),sorted(files)
 
-# %% ../nbs/06e_datasets.ipynb #1cdb80ac
+# %% ../nbs/06e_datasets.ipynb #821252a7
 def _some(names, n=3):
     "A few of many names, in words"
     names = [str(x)[:80] for x in names]
@@ -112,7 +116,7 @@ def _shared(m, remedy):
     if both := sorted(p for p,s in sides.items() if len(s-{''})>1): m.warnings.append(f"{len(both)} people or recordings are in more than one part of the publisher's split: {_some(both)}. {remedy}")
     return m
 
-# %% ../nbs/06e_datasets.ipynb #baa2cb17
+# %% ../nbs/06e_datasets.ipynb #8ab8b118
 _Grammar = namedtuple('_Grammar', 'space real fake original')
 _GRAMMAR = {'FaceForensics++': _Grammar('FaceForensics++', r'(?P<t>\d{3})', r'(?P<t>\d{3})_(?P<s>\d{3})', '{t}'),
             'DeepFakeDetection': _Grammar('DeepFakeDetection', r'(?P<t>\d\d)__[\w -]+', r'(?P<t>\d\d)_(?P<s>\d\d)__(?P<n>[\w -]+)__\w{8}', '{t}__{n}'),
@@ -129,7 +133,7 @@ def _told(dataset, compression, name, label):
     original = f'{dataset}/real/{compression}/{g.original.format(**m.groupdict())}' if label and g.original else ''
     return dict(target=who('t'), source=who('s'), original=original) if label else dict(actor=who('t'))
 
-# %% ../nbs/06e_datasets.ipynb #12cd4989
+# %% ../nbs/06e_datasets.ipynb #d02f759e
 def _fewest(m, parts):
     "Videos in the smallest class of any part"
     n = Counter((v.split, v.label) for v in m)
@@ -155,7 +159,7 @@ def _carve(m, share, seed):
         kept += part; out.skipped += part.skipped; out.warnings += part.warnings
     return _apart(out.like([*kept, *(v for v in m if v.split!='train')]))
 
-# %% ../nbs/06e_datasets.ipynb #2789703b
+# %% ../nbs/06e_datasets.ipynb #0426e5cb
 _PARTS = ('test','val','train') # who is asked first, if a film is in several
 _COMPRESSIONS = {'raw':'raw', 'c0':'raw', 'c23':'c23', 'c40':'c40'} # folder -> its name here
 _FORGED = ('Deepfakes','Face2Face','FaceSwap','NeuralTextures','FaceShifter','DeepFakeDetection')
@@ -174,7 +178,7 @@ def _ff_folders(root, skipped):
                 elif not (root/at/'videos').is_dir(): skipped.append((at, 'no videos/ in it'))
                 else: yield root/at/'videos',*known,_COMPRESSIONS[c]
 
-# %% ../nbs/06e_datasets.ipynb #993edf2f
+# %% ../nbs/06e_datasets.ipynb #e42eae02
 def _ff_rows(root, compressions, methods, skipped):
     "One row a video, without split"
     places = list(_ff_folders(root, skipped))
@@ -188,7 +192,7 @@ def _ff_rows(root, compressions, methods, skipped):
             if told: yield Video(dataset, method, c, Path(n).stem, folder/n, '', int(method!='real'), **told)
             else: skipped.append((f'{folder.relative_to(root)}/{n}', 'no name of this set' if _is_film(n) else 'not a video'))
 
-# %% ../nbs/06e_datasets.ipynb #1e2d468b
+# %% ../nbs/06e_datasets.ipynb #e155796c
 def _first(root, name):
     "A file of the publisher, wherever people put it"
     return next((p for p in (root/name, root/'splits'/name, root/'dataset'/name, root/'dataset'/'splits'/name) if p.is_file()), None)
@@ -209,7 +213,7 @@ def _ff_lists(root):
     if twice := of['train']&of['val'] | of['train']&of['test'] | of['val']&of['test']: raise DatasetError(f'{root}: {_some(sorted(twice))} in more than one of the three lists. Take them anew from the publisher')
     return {n:s for s,ns in of.items() for n in ns}
 
-# %% ../nbs/06e_datasets.ipynb #af3422c0
+# %% ../nbs/06e_datasets.ipynb #ffc1949c
 def _ff_split(m, of):
     "Each video to the part that lists it; what is listed must be there"
     for place in sorted({(v.method, v.compression) for v in m}):
@@ -225,7 +229,7 @@ def _recorded(m, root):
     films = {f'FaceForensics++:{k}':f"youtube:{x.split(' ')[0]}" for k,x in _json(p, _read(p)).items() if isinstance(x, str)}
     return m.like(replace(v, recording=films.get(v.target or v.actor, '')) for v in m)
 
-# %% ../nbs/06e_datasets.ipynb #9ddda80a
+# %% ../nbs/06e_datasets.ipynb #e3559203
 def faceforensics(
     root, # holds original_sequences/ and manipulated_sequences/
     compressions=None, # of 'raw','c23','c40'; None for all that are there
@@ -244,7 +248,7 @@ def faceforensics(
     dfd = join_groups(dfd) if splits=='none' else _people_split(dfd, seed) if dfd else dfd
     return _remarks(_finish([*ff, *dfd], both.skipped+ff.skipped+dfd.skipped, ff.warnings+dfd.warnings, root))
 
-# %% ../nbs/06e_datasets.ipynb #da5c2b75
+# %% ../nbs/06e_datasets.ipynb #e73b59d9
 _CELEB = {'Celeb-real':('real',0), 'YouTube-real':('real',0), 'Celeb-synthesis':('Celeb-synthesis',1)}
 
 def _version(root, version):
@@ -266,7 +270,7 @@ def _celeb_rows(root, dataset, skipped, warnings):
             if told is not None: yield f'{name}/{n}',Video(dataset, method, 'as_is', Path(n).stem, at/n, '', label, **told)
             else: skipped.append((f'{sub}/{n}', 'no name of this set' if _is_film(n) else 'not a video'))
 
-# %% ../nbs/06e_datasets.ipynb #8c0828a7
+# %% ../nbs/06e_datasets.ipynb #4da7c6b9
 def _celeb_test(root):
     "Which files are held out: in this list 1 is real and 0 is fake, it is turned here and nowhere else"
     path,names = root/'List_of_testing_videos.txt',set()
@@ -280,7 +284,7 @@ def _celeb_test(root):
         names.add(f'{folder}/{m[3]}')
     return names
 
-# %% ../nbs/06e_datasets.ipynb #4de2f9b3
+# %% ../nbs/06e_datasets.ipynb #a24d5391
 def celebdf(
     root, # holds Celeb-real/, YouTube-real/, Celeb-synthesis/ and List_of_testing_videos.txt
     version=None, # 1 or 2; None asks the folder's name
@@ -299,7 +303,7 @@ def celebdf(
     m = _finish([replace(v, split='test' if n in test else 'train') for n,v in rows.items()], skipped, warnings, root)
     return _remarks(_shared(_carve(m, val, seed), "A test of strangers needs splits='people', or a model that saw no Celeb-DF at all"))
 
-# %% ../nbs/06e_datasets.ipynb #a0cacd2b
+# %% ../nbs/06e_datasets.ipynb #c6105ec3
 _Part = namedtuple('_Part', 'name files read') # files: name -> (path, member); read: () -> bytes of metadata.json, or None
 
 def _number(part):
@@ -320,12 +324,12 @@ def _packed(path, skipped):
         meta = ns.pop('metadata.json', None)
         yield _Part(_stem(path) if len(some)==1 else f.split('/')[-1], ns, meta and (lambda m=meta: read_member(*m)))
 
-# %% ../nbs/06e_datasets.ipynb #61d22c28
+# %% ../nbs/06e_datasets.ipynb #68025cd1
 def _parts(path, skipped):
     "All parts: a folder, an archive, or a folder of either"
     if is_url(path) or is_archive(path): yield from _packed(path, skipped); return
-    archives = []
-    for at,files in _walk(_folder(path)):
+    archives,path = [],_folder(path)
+    for at,files in _walk(path):
         archives += [at/f for f in files if is_archive(at/f)]
         ns = {f:(at/f, '') for f in files if not is_archive(at/f)}; meta = ns.pop('metadata.json', None)
         if meta or any(map(_is_film, ns)): yield _Part(at.resolve().name, ns, meta and (lambda m=meta: _read(m[0])))
@@ -334,7 +338,7 @@ def _parts(path, skipped):
         try: yield from _packed(a, skipped)
         except DatasetError as e: skipped.append((a.name, str(e)[:200]))
 
-# %% ../nbs/06e_datasets.ipynb #4437245e
+# %% ../nbs/06e_datasets.ipynb #d15ae83a
 def _dfdc_row(part, n, d):
     "A row, or the reason why not"
     if not isinstance(d, dict): return f'its entry is a {type(d).__name__}'
@@ -359,7 +363,7 @@ def _dfdc_part(part, skipped):
         if isinstance(v, Video): yield v
         else: out(n, v)
 
-# %% ../nbs/06e_datasets.ipynb #334f9f67
+# %% ../nbs/06e_datasets.ipynb #c0ee7bb9
 def _share(group, seed): return int(hashlib.sha256(f'{seed}:{group}'.encode('utf-8', 'replace')).hexdigest()[:8], 16)/16**8
 
 def _validate(m, share, seed):
@@ -382,7 +386,7 @@ def dfdc(
     if gone := [n for n,r in skipped if r==_MISSING]: m.warnings.append(f'{len(gone)} labelled videos are not there: {_some(gone)}')
     return _remarks(m.like(replace(v, split='val') if _number(v.chunk) in wanted else v for v in m) if wanted else _validate(m, val, seed))
 
-# %% ../nbs/06e_datasets.ipynb #14fbbc92
+# %% ../nbs/06e_datasets.ipynb #a3b50a4a
 _WILD = [(c, s) for c in ('real','fake') for s in ('train','test')]
 
 def _is_picture(name): return name.lower().endswith(PICTURES) and not name.split('/')[-1].startswith('.')
@@ -400,7 +404,7 @@ def _wild_packed(root, part, archive, skipped):
     for f in dict.fromkeys(m.name.rpartition('/')[0] for m in listing.members if _is_picture(m.name)):
         yield _wild_row(part, _stem(archive), [p for p in f.split('/') if p not in ('','.')], root/part/archive, f)
 
-# %% ../nbs/06e_datasets.ipynb #681972a7
+# %% ../nbs/06e_datasets.ipynb #22597a0c
 def _wild_rows(root, part, skipped):
     "All sequences of 'real_train', ..."
     files,folders = _here(root/part)
@@ -425,7 +429,7 @@ def wilddeepfake(
     if gone := [f'{c}_{s}' for c,s in _WILD if f'{c}_{s}' not in parts]: warnings.append(f'not there: {_some(gone)}')
     return _validate(_finish([v for p in parts for v in _wild_rows(root, p, skipped)], skipped, warnings, root), val, seed)
 
-# %% ../nbs/06e_datasets.ipynb #60a44bab
+# %% ../nbs/06e_datasets.ipynb #c3d735d9
 _BENCH = {'FF-real':('FaceForensics++','real'), 'FF-DF':('FaceForensics++','Deepfakes'), 'FF-F2F':('FaceForensics++','Face2Face'), 'FF-FS':('FaceForensics++','FaceSwap'),
           'FF-NT':('FaceForensics++','NeuralTextures'), 'FF-FH':('FaceForensics++','FaceShifter'), 'FF-SH':('FaceForensics++','FaceShifter'),
           'DFD_real':('DeepFakeDetection','real'), 'DFD_fake':('DeepFakeDetection','DeepFakeDetection'), 'CelebDFv1_real':('Celeb-DF-v1','real'), 'CelebDFv1_fake':('Celeb-DF-v1','Celeb-synthesis'),
@@ -440,7 +444,7 @@ def _labelled(top, label):
     m = re.fullmatch(r'(.*)_(real|fake)', label, re.I)
     return (top, m[2].lower() if m[2].lower()=='real' else m[1] or 'fake') if m else 'unknown label, and it does not end in real or fake'
 
-# %% ../nbs/06e_datasets.ipynb #67ac7768
+# %% ../nbs/06e_datasets.ipynb #e1ad6248
 def _within(at, d, skipped):
     "Keys and values of what should be an object"
     if isinstance(d, dict): yield from ((f'{at}/{k}', k, x) for k,x in d.items())
@@ -459,7 +463,7 @@ def _bench_entries(top, d, skipped):
                     if isinstance(frames, list) and frames and all(isinstance(f, str) for f in frames): yield (*known, _COMPRESSIONS.get(c, 'as_is'), name),part,frames
                     else: skipped.append((at, 'no video with frames: a field where a video should be'))
 
-# %% ../nbs/06e_datasets.ipynb #9409e24b
+# %% ../nbs/06e_datasets.ipynb #5794cfe7
 def _laid_out(frames):
     "Folder below `rgb/` and names of the pictures; or the reason why not"
     paths = [f.replace('\\','/').removeprefix('./').removeprefix('datasets/').removeprefix('rgb/').split('/') for f in frames]
@@ -479,7 +483,7 @@ def _bench_root(path, root, folders):
         if any(_names(p/f) for f in folders): return p
     raise DatasetError(f"{path}: none of its frames are found, {_some(folders, 1) or 'it names none'} for one. Say root=, the folder that holds it (in DeepfakeBench datasets/rgb)")
 
-# %% ../nbs/06e_datasets.ipynb #c881aaab
+# %% ../nbs/06e_datasets.ipynb #4c93ffdc
 def _bench_split(m, parts):
     "One part for each video, and say what was not one"
     for d in sorted({v.dataset for v in m}):
@@ -497,7 +501,7 @@ def _bench_order(d, rows, of, warnings):
     if d.startswith('Celeb-DF') and not any(v.actor and v.split=='train' for v in rows): warnings.append(f'{d}: train has no film of Celeb-real, this JSON lost them; read the set itself')
     return _apart(Manifest(rows))
 
-# %% ../nbs/06e_datasets.ipynb #336293c1
+# %% ../nbs/06e_datasets.ipynb #b07a55e5
 def _bench_rows(path, root, entries, skipped, warnings):
     "key -> its row, and the parts that it is in"
     laid = {}
@@ -514,7 +518,7 @@ def _bench_rows(path, root, entries, skipped, warnings):
         else: skipped.append((v.key, _MISSING))
     if short: warnings.append(f'{short} listed frames are not there')
 
-# %% ../nbs/06e_datasets.ipynb #05fbe49d
+# %% ../nbs/06e_datasets.ipynb #518d2256
 def deepfakebench(
     path, # of a JSON of preprocessing/dataset_json; `X_c40` means the c40 of X.json
     root=None, # where its frames lie (datasets/rgb); None looks around the JSON
@@ -534,7 +538,7 @@ def deepfakebench(
     m = _bench_split(m, {v.key:ps for v,ps in rows})
     return _remarks(_shared(m, 'Read the set itself, and split it by people'))
 
-# %% ../nbs/06e_datasets.ipynb #05b13c07
+# %% ../nbs/06e_datasets.ipynb #4b8c5b98
 _KINDS = ('RealVideo-RealAudio','RealVideo-FakeAudio','FakeVideo-RealAudio','FakeVideo-FakeAudio')
 
 def _fav_methods(root, skipped):
@@ -561,7 +565,7 @@ def _fav_row(root, at, n, of):
     else: told = dict(target=people[0], source=people[1], original='/'.join(['FakeAVCeleb/real/as_is',_KINDS[0],*Path(where).parts[1:-1],re.split(r'[_.]', n)[0]])) 
     return Video('FakeAVCeleb', method, 'as_is', where.rpartition('.')[0], at/n, '', int(kind!=_KINDS[0]), trim=True, sound=True, **told) if who else None
 
-# %% ../nbs/06e_datasets.ipynb #559158ca
+# %% ../nbs/06e_datasets.ipynb #367a3634
 def fakeavceleb(
     root, # holds RealVideo-RealAudio/ and the other three
     splits:str='people', # the publisher has none; 'none' leaves it open
@@ -585,7 +589,7 @@ def fakeavceleb(
     m = _finish(rows, skipped, warnings, root)
     return _remarks(_people_split(m, seed) if splits=='people' else join_groups(m))
 
-# %% ../nbs/06e_datasets.ipynb #c6aaf2aa
+# %% ../nbs/06e_datasets.ipynb #5148121d
 _HOME = {'original_videos':('real',0), 'method_A':('method_A',1), 'method_B':('method_B',1)}
 
 def _preview_row(root, n, d, there):
@@ -616,7 +620,7 @@ def dfdc_preview(
     skipped += [(n, 'twice in dataset.json, the first counts') for n in d.twice]+[(n, 'not in dataset.json: no label') for n in sorted(there-set(d))]
     return _remarks(_shared(_carve(_finish(rows, skipped, [], root), val, seed), 'The publisher says there are none'))
 
-# %% ../nbs/06e_datasets.ipynb #0d7b54e8
+# %% ../nbs/06e_datasets.ipynb #c54d9ef0
 _SAYS = {'0':0, '1':1, 'real':0, 'fake':1, 'false':0, 'true':1}
 
 def _test_labels(root):
@@ -643,7 +647,7 @@ def dfdc_test(
     skipped += [(n, 'no label') for n in there if n not in done]
     return _finish(rows, skipped, [], path)
 
-# %% ../nbs/06e_datasets.ipynb #bee3772f
+# %% ../nbs/06e_datasets.ipynb #29d1aa8a
 def _deeper_lists(root):
     "Name -> part"
     at,of = next((d for d in (root/'lists'/'splits', root/'splits') if d.is_dir()), root/'lists'/'splits'),{}
@@ -665,7 +669,7 @@ def _deeper_rows(root, of, skipped):
                 yield Video('DeeperForensics-1.0', sub, 'as_is', stem, at/n, '', 1, of[stem], target=f'FaceForensics++:{m[1]}', source=f'DeeperForensics:{m[2]}', original=f'FaceForensics++/real/c23/{m[1]}')
         gone = set(of)-{p.stem for p in (root/'manipulated_videos'/sub).rglob('*.mp4')}; skipped += [(f'{sub}/{n}', _MISSING) for n in sorted(gone)]
 
-# %% ../nbs/06e_datasets.ipynb #9ac907f2
+# %% ../nbs/06e_datasets.ipynb #14efea3e
 def deeperforensics(
     root, # holds manipulated_videos/, source_videos/ and lists/
     originals=None, # root of FaceForensics++: its c23 sequences are the reals of this set
@@ -683,7 +687,7 @@ def deeperforensics(
     m = _shared(join_groups(m), 'Its lists part the targets, not the actors')
     return _remarks(m) if originals else m
 
-# %% ../nbs/06e_datasets.ipynb #6088046c
+# %% ../nbs/06e_datasets.ipynb #86328df5
 @dataclass(frozen=True)
 class About:
     "What the publisher says of a set"
@@ -703,7 +707,7 @@ class Layout:
     read:object # (path, **options) -> `Manifest`
     about:About # of the whole set
 
-# %% ../nbs/06e_datasets.ipynb #a5aff752
+# %% ../nbs/06e_datasets.ipynb #d9cec0ab
 _ff,_dfd = 'FaceForensics++','DeepFakeDetection'
 _late = ((_ff,'FaceShifter'),(_dfd,'real'),(_dfd,_dfd))
 ABOUT = dict(
@@ -714,7 +718,7 @@ ABOUT = dict(
     wilddeepfake=About('WildDeepfake', {('WildDeepfake','real'):3805, ('WildDeepfake','fake'):3509}, (), {}, 'some tens of GB of pictures', 'the form in the repository OpenTAI/wild-deepfake', 'research, not commerce, under the terms that are signed'),
     dfdc=About('Deepfake Detection Challenge, training set', {('DFDC','real'):19154, ('DFDC','fake'):100000}, (), {}, 'about 470 GB in 50 zips', 'the competition deepfake-detection-challenge on Kaggle, or the page of Meta AI', 'the rules of the competition, which are accepted before the download'))
 
-# %% ../nbs/06e_datasets.ipynb #e41214f1
+# %% ../nbs/06e_datasets.ipynb #c5780c14
 ABOUT |= dict(
     dfdc_preview=About('Deepfake Detection Challenge, preview', {('DFDC-preview','real'):1131, ('DFDC-preview','*'):4119}, (), dict(train=855+3618, test=276+501), 'some GB', 'the page of Meta AI on the challenge', 'the terms of the challenge'),
     dfdc_test=About('Deepfake Detection Challenge, public test', {('DFDC-test','real'):2500, ('DFDC-test','fake'):2500}, (), dict(test=5000), 'some tens of GB', 'the page of Meta AI on the challenge', 'the terms of the challenge'),
@@ -723,7 +727,7 @@ ABOUT |= dict(
     deepfakebench=About('frames cut out by DeepfakeBench', where='the forms of the publishers; the JSON files come with the repository SCLBD/DeepfakeBench', terms='the terms of each set'),
     folder=About('a folder of your own'), csv=About('a table of your own'), manifest=About('a manifest that was saved'))
 
-# %% ../nbs/06e_datasets.ipynb #7e2ee90e
+# %% ../nbs/06e_datasets.ipynb #7da239a1
 def _marks(*names): return lambda p: p.is_dir() and any((p/n).exists() for n in names)
 def _ends(*ends): return lambda p: p.is_file() and p.name.lower().endswith(ends)
 
@@ -746,7 +750,7 @@ def _is_test(p):
 
 def _is_celeb(v): return lambda p: _marks(*_CELEB,'List_of_testing_videos.txt')(p) and v not in re.findall(r'v([12])\b', p.resolve().name.lower().replace('_','-'))
 
-# %% ../nbs/06e_datasets.ipynb #30ac22c6
+# %% ../nbs/06e_datasets.ipynb #233ad65c
 def _own(p):
     "A folder with films, whose names are not those of a published set's fakes"
     if not p.is_dir(): return False
@@ -760,7 +764,7 @@ _READ = dict(faceforensics=(_marks('original_sequences','manipulated_sequences')
     deeperforensics=(_marks('manipulated_videos'), deeperforensics), deepfakebench=(_ends('.json'), deepfakebench), csv=(_ends('.csv','.tsv'), csv_manifest), manifest=(_ends('.jsonl'), Manifest.load), folder=(_own, folder_manifest))
 LAYOUTS = {n:Layout(n, *_READ[n], ABOUT[n]) for n in _READ}
 
-# %% ../nbs/06e_datasets.ipynb #d60765ee
+# %% ../nbs/06e_datasets.ipynb #22b65b31
 def _fits(p): return [n for n,l in LAYOUTS.items() if n!='folder' and l.detect(p)]
 
 def _detect(path):
@@ -790,7 +794,7 @@ def read_dataset(
     if layout!='auto' and layout not in LAYOUTS: raise DatasetError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     return LAYOUTS[_detect(path) if layout=='auto' else layout].read(path, **options)
 
-# %% ../nbs/06e_datasets.ipynb #53c0dd30
+# %% ../nbs/06e_datasets.ipynb #075a5722
 def _size(m):
     "Bytes on disk, each file once; and what is empty"
     total,empty = 0,[]
@@ -815,9 +819,9 @@ def _against(m, about):
 
 def _left(m, k): return sum(n.startswith('/'.join(k)+'/') and r!=_MISSING for n,r in m.skipped)
 
-# %% ../nbs/06e_datasets.ipynb #06517e95
+# %% ../nbs/06e_datasets.ipynb #cad92ec9
 def _pace(v, seconds):
-    "Processor seconds that decoding and tracking takes for each second of film"
+    "Processor seconds that decoding and tracking took, and of how many seconds of film"
     def some(frames):
         until = time.perf_counter()+seconds
         for f in frames:
@@ -828,7 +832,7 @@ def _pace(v, seconds):
         start = time.process_time()
         for _ in face_tracks(some(film.frames), source=v.key): pass
     spent,(n,last) = time.process_time()-start,seen
-    return spent/(last*n/(n-1)) if n>1 else None
+    return spent,last*n/(n-1) if n>1 else 0
 
 def _spread(m, n, seed=0): return sorted(m, key=lambda v: _share(v.key, seed))[:n]
 
@@ -839,13 +843,13 @@ def _timing(m, seconds=10.):
     list(face_tracks(islice(VideoFile(sample('man')), 2))) # the models are loaded once
     paces,notes = [],[]
     for v in known[:3]:
-        try: paces.append(_pace(v, seconds/3))
+        try: spent,film = _pace(v, seconds/3); paces += [spent/film] if film else []
         except (VideoError,DatasetError) as e: notes.append(str(e))
-    if not (paces := [p for p in paces if p]): return dict(note=f'nothing could be timed: {_some(notes)}')
+    if not paces: return dict(note=f'nothing could be timed: {_some(notes)}')
     film,cores = sum(v.seconds for v in known)/len(known)*len(m),len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return dict(film_hours=film/3600, core_hours=[film*min(paces)/3600, film*max(paces)/3600], cores=cores, hours=[film*min(paces)/3600/cores, film*max(paces)/3600/cores], from_videos=len(paces), from_headers=len(known))
 
-# %% ../nbs/06e_datasets.ipynb #9b9d42df
+# %% ../nbs/06e_datasets.ipynb #edeaa947
 @dataclass
 class Diagnosis:
     "What a doctor found"
@@ -863,7 +867,7 @@ class Diagnosis:
     def code(self)->int: return 2 if self.error else int(bool(self.missing or self.leaks))
     def table(self): return _against(self.manifest, self.about)
 
-# %% ../nbs/06e_datasets.ipynb #dc2ab3ef
+# %% ../nbs/06e_datasets.ipynb #2b1928b2
 def _lacking(m, about, part):
     "Sentences on what is not there"
     out = [f'{n} {r}' for r,n in Counter('listed videos are not there' if r==_MISSING else '' for _,r in m.skipped).items() if r]
@@ -899,7 +903,7 @@ def check(
     if timing: d.timing = _timing(m, seconds)
     return d
 
-# %% ../nbs/06e_datasets.ipynb #cbed4a11
+# %% ../nbs/06e_datasets.ipynb #4fb4fccc
 def _gigabytes(n): return f'{n/1e9:.1f} GB' if n>=1e8 else f'{n/1e6:.1f} MB'
 
 def _hours(*hs): return ' to '.join(f'{h:.1f} h' if h>=1 else f'{60*h:.1f} min' if h>=1/60 else f'{3600*h:.1f} s' for h in hs)
@@ -920,7 +924,7 @@ def __str__(self:Diagnosis):
         *_lines('MISSING', self.missing), *_lines('LEAKS', self.leaks), *_lines('to know', m.warnings), *_lines('left out', skipped), *_told_timing(self.timing),
         *([f"the whole set{f': {a.size}' if a.size else ''}; ask for it by {a.where}. Terms: {a.terms}"] if a.where else []), 'something is missing or leaks' if self.code else 'all is there, and nothing is on both sides'])
 
-# %% ../nbs/06e_datasets.ipynb #b7819fdc
+# %% ../nbs/06e_datasets.ipynb #d9555a1a
 @patch
 def plain(self:Diagnosis)->dict: # for JSON
     "All of it, for a machine"

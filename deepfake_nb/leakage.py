@@ -7,7 +7,7 @@ __all__ = ['FLAT', 'BITS', 'Pair', 'SAYS', 'KINDS', 'Chain', 'picture_hash', 'di
            'Tie', 'find_ties', 'file_sums', 'Leaks', 'LeakError', 'audit', 'show_leaks', 'between', 'without_leaks',
            'main']
 
-# %% ../nbs/06c_leakage.ipynb #d0f39157
+# %% ../nbs/06c_leakage.ipynb #58c3c56f
 import argparse,cv2,numpy as np,sys
 from collections import Counter,defaultdict,namedtuple
 from dataclasses import dataclass,replace
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .manifest import DatasetError,Manifest,Video,connected,tokens
 from .pack import sha256
 
-# %% ../nbs/06c_leakage.ipynb #eff82bf6
+# %% ../nbs/06c_leakage.ipynb #33cf88de
 _i,_j = np.indices((64,64))
 _COARSE = np.argsort((_i+_j)*64+_i, axis=None)[1:257] # the coarsest 256 coefficients, without the mean
 FLAT = 2. # grey levels: a crop whose spread is less shows nothing, and its signs are noise
@@ -36,10 +36,10 @@ def distance(
     "How many bits differ"
     return np.bitwise_count(a^b).sum(-1, dtype=int)
 
-# %% ../nbs/06c_leakage.ipynb #aaeac49f
+# %% ../nbs/06c_leakage.ipynb #fd81fa28
 BITS = 24 # as many may differ between two pictures that count as the same
 
-# %% ../nbs/06c_leakage.ipynb #92a830f5
+# %% ../nbs/06c_leakage.ipynb #8599a187
 def face_hashes(
     store, # a `FaceStore`
     each:int=8, # frames from one hash to the next
@@ -51,7 +51,7 @@ def face_hashes(
         found[t.video] += [picture_hash(c)[None] for c in crops if c.mean(-1).std()>=FLAT]
     return {k:np.concatenate(hs) for k,hs in found.items()}
 
-# %% ../nbs/06c_leakage.ipynb #f8668dbf
+# %% ../nbs/06c_leakage.ipynb #817b8dd4
 def _meet(key, # `(N,)` of which equal ones are wanted
           owner): # `(N,)`: pairs of one owner are not
     "All pairs of indices with equal keys and different owners, a block at a time"
@@ -74,7 +74,7 @@ def near(
         found = np.unique(np.concatenate([found, *here]))
     return np.stack(np.divmod(found, max(n, 1)), 1)
 
-# %% ../nbs/06c_leakage.ipynb #9fd9f5e8
+# %% ../nbs/06c_leakage.ipynb #a97cfbb6
 Pair = namedtuple('Pair', 'a b k n') # keys of two videos; k of the n hashes of the shorter one have a partner in the other
 
 def same_pictures(
@@ -87,7 +87,7 @@ def same_pictures(
         for hit,x in zip(touched[owner[i],owner[j]], (i,j)): hit.add(x)
     return [Pair(keys[a], keys[b], len(hit[size[b]<size[a]]), min(size[a], size[b])) for (a,b),hit in sorted(touched.items())]
 
-# %% ../nbs/06c_leakage.ipynb #b41953d6
+# %% ../nbs/06c_leakage.ipynb #eddca60a
 SAYS = dict(key='are the same video ({})', file='are the same file (sha256 {:.12}...)', pictures='show the same pictures ({})', original='come from the same original {}',
             person='share the person {}', recording='are cut from the same recording {}', group='are both in the group {}')
 KINDS = tuple(SAYS) # what may be allowed, the surest first
@@ -106,7 +106,7 @@ def _words(v, sums):
     given = [('key', v.key), ('file', sums.get(v.key)), *[(kind(t), t) for t in tokens(v)], ('group', v.group)]
     return dict.fromkeys(w for w in given if w[1])
 
-# %% ../nbs/06c_leakage.ipynb #89cc22ee
+# %% ../nbs/06c_leakage.ipynb #42d3139d
 def _bags(ties, n): # for each of `n` rows, the numbers of its ties
     bags = [[] for _ in range(n)]
     for t,tie in enumerate(ties):
@@ -130,7 +130,7 @@ def find_ties(
     part = connected(_bags([t for t in ties if t.kind in ('person','original','recording')], len(videos)))
     return sorted((t for t in ties if t.kind!='group' or len({part[i] for i in t.videos})>1), key=lambda t: KINDS.index(t.kind))
 
-# %% ../nbs/06c_leakage.ipynb #857594b5
+# %% ../nbs/06c_leakage.ipynb #d61855ac
 def file_sums(
     videos, # rows
 )->tuple: # dict key -> sha256, and a list of `Skipped`
@@ -141,7 +141,7 @@ def file_sums(
     read = {p:sha256(p) for p in dict.fromkeys(v.path for v in plain)}
     return {v.key:read[v.path] for v in plain},[(k, f'not hashed: {r}') for k,r in why.items() if r]
 
-# %% ../nbs/06c_leakage.ipynb #ecc46961
+# %% ../nbs/06c_leakage.ipynb #cfb171ec
 Chain = namedtuple('Chain', 'videos ties') # numbers of rows from one side to the other, and the ties between neighbours
 
 def _reach(start, ties, bags):
@@ -164,7 +164,7 @@ def _members(part): # component -> rows
     for i,c in enumerate(part): found[c].append(i)
     return found
 
-# %% ../nbs/06c_leakage.ipynb #c941b38c
+# %% ../nbs/06c_leakage.ipynb #05a6ec60
 def _clash(x, y, between): return bool(x[1] and y[1] and x[1]!=y[1] and (not between or x[0]!=y[0])) # two sides, each (number of the set, split)
 
 def _crossing(ties, sides, between):
@@ -177,7 +177,7 @@ def _crossing(ties, sides, between):
             found.append(_chain(came, next(j for j in came if sides[j]==y)))
     return found
 
-# %% ../nbs/06c_leakage.ipynb #f195fdd1
+# %% ../nbs/06c_leakage.ipynb #de8bab49
 @dataclass(repr=False)
 class Leaks:
     "What an audit looked at, and what it found"
@@ -201,7 +201,7 @@ class Leaks:
     def say(self, chain): return '; '.join(f'{self.name(a)} and {self.name(b)} {t}' for a,b,t in zip(chain.videos, chain.videos[1:], chain.ties))
     def where(self, tie): return ', '.join(f"{n} {s or 'not split'}" for s,n in Counter(self.sides[i][1] for i in tie.videos).items())
 
-# %% ../nbs/06c_leakage.ipynb #ce64cdd9
+# %% ../nbs/06c_leakage.ipynb #48f3d0a1
 def _few(lines, n=8): return [*lines[:n], *([f'... and {len(lines)-n} more'] if len(lines)>n else [])]
 
 @patch
@@ -215,7 +215,7 @@ def __repr__(self:Leaks):
         *([f'accepted though on more than one side: {len(self.allowed)}', *_few([f'  {t.kind} {t.word}: {self.where(t)}' for t in self.allowed])] if self.allowed else []),
         *([f'LEAKS: {len(self.crossing)}', *_few(['  '+self.say(c) for c in self.crossing])] if self.crossing else ['nothing is on both sides'])])
 
-# %% ../nbs/06c_leakage.ipynb #dfbb5253
+# %% ../nbs/06c_leakage.ipynb #c3e60974
 class LeakError(DatasetError):
     "Something is on both sides of a split; `leaks` is the whole report"
     def __init__(self, message, leaks=None): super().__init__(message); self.leaks = leaks
@@ -226,7 +226,7 @@ def _judge(leaks):
     kinds = ', '.join(k for k in KINDS if any(t.kind==k for x in c for t in x.ties))
     raise LeakError(f"{len(c)} leaks. {'. '.join(_few([leaks.say(x) for x in c]))}. Split by people (`split_people`, `split_groups`), drop what leaks (`without_leaks`), or accept a kind of link knowingly (`allow`: {kinds})", leaks)
 
-# %% ../nbs/06c_leakage.ipynb #ee132bec
+# %% ../nbs/06c_leakage.ipynb #564aae62
 def _checked(videos, allow):
     "Errors for names that mean nothing"
     if odd := set(allow)-set(KINDS): raise DatasetError(f"allow: no kind of link is called {', '.join(sorted(odd))}; there are {', '.join(KINDS)}")
@@ -238,7 +238,7 @@ def _accepted(ties, sides, allow, between):
     apart = lambda t: any(_clash(x, y, between) for x,y in combinations({sides[i] for i in t.videos}, 2))
     return [t for t in ties if t.kind in allow and (t in chains or apart(t))]
 
-# %% ../nbs/06c_leakage.ipynb #e6e15ed7
+# %% ../nbs/06c_leakage.ipynb #3698f664
 def _look(videos, sides, sums, faces, allow, bits, between=False):
     "The report, whatever it says"
     _checked(videos, allow); sums,faces = sums or {},faces or {}
@@ -247,7 +247,7 @@ def _look(videos, sides, sums, faces, allow, bits, between=False):
     return Leaks(videos, sides, told, connected(_bags(strict, len(videos))), _crossing(strict, sides, between), _accepted(ties, sides, allow, between),
                  sum(bool(sums.get(v.key)) for v in videos), sum(len(faces.get(v.key, ()))>0 for v in videos))
 
-# %% ../nbs/06c_leakage.ipynb #54748f7c
+# %% ../nbs/06c_leakage.ipynb #e6f8a36d
 def _single(videos):
     "The rows, if each key is there once"
     at = defaultdict(list)
@@ -266,7 +266,7 @@ def audit(
     videos = _single([v for m in manifests for v in ([m] if isinstance(m, Video) else m)])
     return _judge(_look(videos, [(0, v.split) for v in videos], sums, faces, allow, bits))
 
-# %% ../nbs/06c_leakage.ipynb #02c291b6
+# %% ../nbs/06c_leakage.ipynb #ecac85b8
 _COLOURS = {'train':'C0', 'val':'C2', 'test':'C3', '':'.75'} # as in `show_groups`
 
 def _arc(ax, a, b):
@@ -274,7 +274,7 @@ def _arc(ax, a, b):
     t = np.linspace(-1, 1, 30); (x,y),(z,_) = a,b
     ax.plot((x+z)/2+t*(z-x)/2, y-.14-min(.1*abs(z-x), .5)*(1-t*t), color='r', lw=1.3)
 
-# %% ../nbs/06c_leakage.ipynb #484034c8
+# %% ../nbs/06c_leakage.ipynb #4da43976
 def show_leaks(
     leaks:Leaks, # from `audit`, or `LeakError.leaks`
     most:int=12, # components
@@ -298,7 +298,7 @@ def show_leaks(
     ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1,.5))
     return ax
 
-# %% ../nbs/06c_leakage.ipynb #ee2bcb59
+# %% ../nbs/06c_leakage.ipynb #c772af0e
 def between(
     a, # a manifest: what is trained on
     b, # another: what is judged on
@@ -311,7 +311,7 @@ def between(
     "Make sure that nothing of one set is on another side of the other set, or raise `LeakError` with names"
     return _judge(_look([*a, *b], [(n, v.split or sides[n]) for n,m in enumerate((a, b)) for v in m], sums, faces, allow, bits, True))
 
-# %% ../nbs/06c_leakage.ipynb #14bf4857
+# %% ../nbs/06c_leakage.ipynb #576e49f3
 def without_leaks(
     manifest, # with splits
     keep:str='test', # the part that stays whole; of the others 'test' goes before 'val' before 'train'
@@ -332,7 +332,7 @@ def without_leaks(
     left = (manifest if isinstance(manifest, Manifest) else Manifest()).like([v for i,v in enumerate(videos) if i not in out], [(videos[i].key, r) for i,r in sorted(out.items())])
     return without_leaks(left, keep, sums, faces, allow, bits) if out else left
 
-# %% ../nbs/06c_leakage.ipynb #2bb0338e
+# %% ../nbs/06c_leakage.ipynb #71345fe4
 def _steps(files, sums, allow):
     "All audits of some manifests: (what, function)"
     for path,m in files: yield str(path),lambda m=m: audit(m, sums, allow=allow)

@@ -68,13 +68,15 @@ def seed(mini, store, *names):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_killed_preparations_go_on(mini, tmp_path, workers):
     "kill -9 at any moment: under its final name a shard is whole, what is whole is kept, and the end is the same to the last byte"
-    rng,n,good,cut = np.random.default_rng(SEED+workers),count(3),0,0
+    rng,n,good,cut = np.random.default_rng(SEED+workers),count(3-workers//2),0,0
     start = time.perf_counter(); subprocess.run(command(mini.zips[:1], tmp_path/'first', f'--workers={workers}'), env=ENV, check=True, capture_output=True); seconds = time.perf_counter()-start
     assert seen(tmp_path/'first'/'00')==mini.whole
     for i in range(n):
         store = tmp_path/str(i); home = store/'00'
         p = subprocess.Popen(command(mini.zips[:1], store, f'--workers={workers}'), env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-        time.sleep(rng.uniform(.3, 1)*seconds); os.killpg(p.pid, signal.SIGKILL); p.wait()
+        if i%2: time.sleep(rng.uniform(.2, 1)*seconds)
+        else: wait_for(lambda: list(home.glob('*.zip'))); time.sleep(rng.uniform(0, .3)*seconds)
+        os.killpg(p.pid, signal.SIGKILL); p.wait()
         wait_for(lambda: not alive(p.pid), 10)
         for z in home.glob('[!.]*.zip'): open_shard(z, sealed=True)
         before = identity(home); cut += 0<len(before)<7
@@ -94,7 +96,7 @@ def test_nothing_half_written_is_ever_seen(mini, tmp_path):
     while p.poll() is None:
         done = (tmp_path/'00'/'prepared.json').exists(); got = list((tmp_path/'00').glob('[!.]*.zip'))
         for z in got: open_shard(z, sealed=True)
-        assert not done or len(got)==7
+        assert not done or (len(got)==7 and seen(tmp_path/'00')==mini.whole)
         if (pr := ChunkProgress.read(tmp_path/'00')): assert pr.total==7 and 0<=pr.done<=7
         looks += 0<len(got)<7
     assert p.returncode==0 and looks and seen(tmp_path/'00')==mini.whole
@@ -103,9 +105,10 @@ def test_nothing_half_written_is_ever_seen(mini, tmp_path):
 
 def test_prepared_once(mini, tmp_path):
     c = Chunk('00', tmp_path/'00.zip'); shutil.copy2(mini.zips[0], c.path)
+    (tmp_path/'s'/'00').mkdir(parents=True); (tmp_path/'s'/'00'/'.x.zip.0123.part').write_bytes(b'of a writer that was killed')
     first = prepare_chunk(c, tmp_path/'s', **SMALL); before = identity(first.folder)
     again = prepare_chunk(c, tmp_path/'s', **SMALL)
-    assert (first.fresh, again.fresh)==(True, False) and (again.videos, again.quarantine)==(first.videos, first.quarantine) and len(again.store().tracks)==7
+    assert not list(first.folder.glob('.*.part')) and (first.fresh, again.fresh)==(True, False) and (again.videos, again.quarantine)==(first.videos, first.quarantine) and len(again.store().tracks)==7
     other = prepare_chunk(c, tmp_path/'s', size=96)
     assert other.fresh and {t.size for t in other.store().tracks}=={96} and not before.keys()&identity(other.folder).keys()
     os.utime(c.path); assert prepare_chunk(c, tmp_path/'s', size=96).fresh
@@ -289,8 +292,9 @@ def padded(mini):
     return out.getvalue()
 
 @pytest.fixture
-def s3(server):
+def s3(server, monkeypatch):
     kept = dict(fsspec.config.conf); fsspec.config.conf['s3'] = dict(anon=True, endpoint_url=server.url, client_kwargs=dict(region_name='us-east-1'))
+    import s3fs; monkeypatch.setattr(s3fs.S3FileSystem, 'retries', 2); sources._zips.clear() # an open file of another test's server may be among them
     yield 's3://bucket/dfdc'
     fsspec.config.conf.clear(); fsspec.config.conf.update(kept)
 
@@ -322,7 +326,7 @@ def test_two_workers_and_the_background_read_from_afar(mini, server, s3, tmp_pat
 def test_a_server_that_hangs_up(mini, server, s3, tmp_path, scheme):
     "A clear error, nothing half-written, and when the server is well again all is as if nothing had been"
     data = padded(mini); server.files['/bucket/dfdc/00.zip'] = data; url = {'http':f'{server.url}/bucket/dfdc/00.zip', 's3':f'{s3}/00.zip'}[scheme]
-    rng,n,good = np.random.default_rng(SEED+9),count(3),0
+    rng,n,good = np.random.default_rng(SEED+9),count(2),0
     for i in range(min(n, 50)):
         server.left = int(rng.integers(0, 3<<20)); store = tmp_path/str(i)
         try: r = prepare_chunk(Chunk('00', url), store, **SMALL)
@@ -345,6 +349,19 @@ def test_a_short_breakdown_costs_no_film(mini, server, tmp_path, monkeypatch):
     monkeypatch.setattr(chunks, 'build_store', flaky)
     r = prepare_chunk(Chunk('00', url), tmp_path, **SMALL)
     assert calls==[7, 7] and r.quarantine==[] and shards(r.folder)==shards(mini.home) and seen(r.folder)['store.json']==mini.whole['store.json']
+
+def test_a_film_that_failed_once_is_asked_for_again(mini, server, tmp_path, monkeypatch):
+    "Over a network a film is called damaged only after a second try; its fakes are then cut like it after all"
+    from deepfake_nb import stores; from deepfake_nb.video import VideoError
+    server.files['/00.zip'] = mini.zips[0].read_bytes(); film,build,opened,calls = stores.open_film,chunks.build_store,[],[]
+    real = next(v.key for v in mini.report.manifest() if any(f.original==v.key for f in mini.report.manifest()))
+    def once(v, *a, **kw):
+        opened.append(v.key)
+        if v.key==real and opened.count(real)==1: raise VideoError(v.key, 'the line was bad')
+        return film(v, *a, **kw)
+    monkeypatch.setattr(stores, 'open_film', once); monkeypatch.setattr(chunks, 'build_store', lambda vs, *a, **kw: (calls.append(len(vs)), build(vs, *a, **kw))[1])
+    r = prepare_chunk(Chunk('00', f'{server.url}/00.zip'), tmp_path, **SMALL)
+    assert calls[0]==7 and 1<calls[1]<7 and r.quarantine==[] and shards(r.folder)==shards(mini.home) and seen(r.folder)['store.json']==mini.whole['store.json']
 
 def test_fetch_goes_on(mini, server, tmp_path):
     data = padded(mini)[:]; server.files['/x/07.zip'] = data; url,digest = f'{server.url}/x/07.zip',sha256(data).hexdigest()

@@ -52,6 +52,9 @@ def test_layout_celebdf_list_against_folder(mine):
     with pytest.raises(DatasetError, match='line 5.*holds fakes'): celebdf(root)
     p.unlink()
     with pytest.raises(MissingList): celebdf(root)
+    root.rename(root.parent/'Celeb-DF')
+    with pytest.raises(DatasetError, match='which version'): celebdf(root.parent/'Celeb-DF', splits='none')
+    with pytest.raises(DatasetError, match='celebdf_v1 or celebdf_v2'): read_dataset(root.parent/'Celeb-DF')
 
 def test_layout_wilddeepfake(sets, tmp_path):
     m = read_dataset(sets['wilddeepfake'])
@@ -67,12 +70,13 @@ def test_layout_dfdc(sets, tmp_path):
     assert {v.chunk for v in m}=={'dfdc_train_part_0','dfdc_train_part_1'} and {v.chunk for v in packed}=={'00','01'}
     keys = {v.key:v for v in packed}
     assert all(keys[v.original].group==v.group and not keys[v.original].label for v in packed if v.label) and all(v.member.startswith('dfdc_train_part_') for v in packed)
+    assert 'val' in splits(dfdc(sets['dfdc'], val=.9)) and 'train' in splits(dfdc(sets['dfdc'], val=.1))
     for g in (d := dfdc(sets['dfdc'], val=.5)).groups: assert len({v.split for v in d.where(group=g)})==1
 
 def test_layout_dfdc_in_bad_shape(mine):
     root = mine('dfdc'); p = root/'dfdc_train_part_0'/'metadata.json'; d = json.loads(p.read_text()); fakes = [n for n in d if d[n]['label']=='FAKE']
-    d[fakes[0]]['label'] = 'maybe'; d[fakes[1]] = ['FAKE']; del d[fakes[2]]; d['../../up.mp4'] = dict(label='REAL'); d['gone.mp4'] = dict(label='REAL'); p.write_text(json.dumps(d))
-    m = dfdc(root); assert len(m)==11 and len(m.skipped)==5 and any('2 labelled videos are not there' in w for w in m.warnings)
+    d[fakes[0]]['label'] = 'maybe'; d[fakes[1]] = ['FAKE']; del d[fakes[2]]; d['../../up.mp4'] = dict(label='REAL'); d['gone.mp4'] = dict(label='REAL'); p.write_text(json.dumps(d)[:-1]+f', "{fakes[3]}":{{"label":"REAL"}}}}')
+    m = dfdc(root); assert len(m)==11 and len(m.skipped)==6 and m.where(name=f'dfdc_train_part_0/{fakes[3]}')[0].label==1 and any('2 labelled videos are not there' in w for w in m.warnings)
     p.write_text('{'); m = dfdc(root); assert {v.chunk for v in m}=={'dfdc_train_part_1'} and len(m.skipped)==8
     shutil.copytree(root/'dfdc_train_part_1', root/'again'/'dfdc_train_part_1'); assert len(dfdc(root))==7 and 'is there twice' in str(dfdc(root).skipped)
 
@@ -106,11 +110,15 @@ def test_layout_csv_and_manifest(sets, tmp_path):
     m = read_dataset(sets['faceforensics']); assert read_dataset(m.save(tmp_path/'m.jsonl')).hash==m.hash
     (tmp_path/'t.csv').write_text(f"path,label\n{m[0].path},real\n"); assert [v.label for v in read_dataset(tmp_path/'t.csv')]==[0]
 
-def test_layout_deepfakebench(sets):
+def test_layout_deepfakebench(sets, tmp_path):
     m = read_dataset(json_of(sets, 'FaceForensics++')); v = m.where(name='000_003', method='FaceSwap')[0]
     assert splits(m)==dict(test=10, train=10, val=10) and (v.kind, len(v.frames), v.original)==('frames', 7, 'FaceForensics++/real/c23/000')
     assert v.path.is_dir() and (v.path/v.frames[-1]).is_file() and '\\' not in str(v.path)
     assert read_dataset(str(json_of(sets, 'FaceForensics++')).replace('.json', '_c23.json')).hash==m.hash
+    root = tmp_path/'f'; (root/'a').mkdir(parents=True); (root/'a'/'0.png').write_bytes(b'x')
+    def said(**frames): (root/'x.json').write_text(json.dumps({'FF-DF':{'FF-DF':{'test':{n:dict(frames=f) for n,f in frames.items()}}}})); return deepfakebench(root/'x.json')
+    m = said(good=['a/0.png','a/1.png'], up=['a/../a/0.png'], root=['/a/0.png'], gone=['b/0.png'])
+    assert [(v.name, v.frames) for v in m]==[('good', ('0.png',))] and '2 listed frames are not there' in m.warnings and Counter(s.reason for s in m.skipped)=={'an unsafe name among its frames':2, 'listed, but not there':1}
     with pytest.raises(DatasetError, match='c40'): deepfakebench(json_of(sets, 'FaceForensics++'), compression='c40')
 
 def test_b4_1_celebdf_trains_on_both_folders_and_on_no_test_video(sets):
@@ -145,6 +153,7 @@ def test_b4_10_studio_films_are_no_reals_of_deeperforensics(sets, tmp_path):
 def test_b4_11_the_val_split_is_read(sets):
     for m in (read_dataset(sets['faceforensics'], methods=['Deepfakes']), deepfakebench(json_of(sets, 'FF-DF'))): assert names(m, split='val')=={'672','720','672_720','720_672'}
     m = celebdf(sets['celebdf_v2'], val=.3); learn,choose,_ = sides(m); assert learn and choose and not learn&choose
+    for g in m.groups: assert len({v.split for v in m.where(group=g)}-{'test'})<2
 
 def doctor(*args):
     p = subprocess.run([sys.executable,'-m','deepfake_nb.datasets','check',*map(str, args)], capture_output=True, text=True, timeout=120)

@@ -121,6 +121,13 @@ def test_each_kind_is_found_named_allowed_and_dropped(kind):
     with pytest.raises(LeakError, match=kind): between([replace(a, split='')], [replace(b, split='')], **kw)
     assert between([a, C], [far], **({k:v for k,v in kw.items()})).crossing==[]
 
+def test_all_that_is_allowed_is_named():
+    for seed in range(30*SOAK):
+        rows,sums,faces = draw(random.Random(seed), 30, 20, ('train','test')); allow = ('person','group','recording','original','file','pictures'); ok = audit(rows, sums, faces, allow)
+        split = lambda t: {rows[i].split for i in t.videos}
+        assert [t for t in ok.ties if len(split(t))>1]==[t for t in ok.ties if t in ok.allowed and len(split(t))>1] and bool(ok.allowed)==bool(report(rows, sums, faces).crossing)
+        some = report(rows, sums, faces, allow=('person',)); assert {t.kind for t in some.allowed}<={'person'} and [t for t in some.ties if t.kind=='person' and len(split(t))>1]==[t for t in some.allowed if len(split(t))>1]
+
 def test_keys_and_odd_input():
     with pytest.raises(LeakError, match='a \\(train,test\\)'): audit([A, replace(A, split='test')])
     with pytest.raises(LeakError, match='more than once'): audit([A, A])

@@ -77,3 +77,22 @@ def test_prepare_reads_a_zip_in_place_and_is_resumed_after_a_kill(room):
     assert again['reused']>=len(before) and again['data_hash']==whole['data_hash']
     a,b = ({p.name:p.read_bytes() for p in Path(d).glob('[!.]*.zip')} for d in (whole['store'], torn))
     assert a==b and all((torn/n).stat().st_mtime_ns==t for n,t in before.items())
+
+def test_forked_workers_open_the_zip_themselves(tmp_path):
+    "A zip that the parent has open, and four children that read it at once: an inherited handle would give them each other's bytes"
+    import hashlib,zipfile
+    from deepfake_nb.sources import open_member
+    data = {f'{i}.bin':os.urandom(1<<20) for i in range(8)}
+    with zipfile.ZipFile(tmp_path/'z.zip', 'w') as z:
+        for n,d in data.items(): z.writestr(n, d)
+    def read(n):
+        with open_member(tmp_path/'z.zip', n) as (f,digest): return digest==hashlib.sha256(data[n]).hexdigest()
+    assert read('0.bin')
+    pids = []
+    for _ in range(4):
+        if not (pid := os.fork()):
+            ok = False
+            try: ok = all(read(n) for _ in range(6) for n in data)
+            finally: os._exit(0 if ok else 3)
+        pids.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids]==[0]*4
