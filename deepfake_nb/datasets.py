@@ -7,7 +7,7 @@ __all__ = ['ABOUT', 'LAYOUTS', 'MissingList', 'faceforensics', 'celebdf', 'dfdc'
            'dfdc_preview', 'dfdc_test', 'deeperforensics', 'About', 'Layout', 'read_dataset', 'Diagnosis', 'check',
            'main']
 
-# %% ../nbs/06e_datasets.ipynb #db20d7fb
+# %% ../nbs/06e_datasets.ipynb #b0ad985a
 import argparse,csv,hashlib,io,json,os,re,sys,time
 from collections import Counter,defaultdict,namedtuple
 from dataclasses import dataclass,field,replace
@@ -21,7 +21,7 @@ from .manifest import DatasetError,Manifest,SUFFIXES,Skipped,Video,csv_manifest,
 from .sources import PICTURES,is_archive,is_url,is_zip,list_archive,open_film,probe,read_member
 from .leakage import KINDS,LeakError,audit
 
-# %% ../nbs/06e_datasets.ipynb #f1384f28
+# %% ../nbs/06e_datasets.ipynb #657b5ae0
 _MOST = 1<<28 # bytes of a list or table
 _MISSING = 'listed, but not there'
 
@@ -41,7 +41,7 @@ class _Object(dict):
         self.twice = [k for k,n in Counter(k for k,_ in pairs).items() if n>1]
         super().__init__(reversed(pairs) if self.twice else pairs)
 
-# %% ../nbs/06e_datasets.ipynb #d8fcfcc7
+# %% ../nbs/06e_datasets.ipynb #544ae038
 def _json(name, data, kind=dict):
     "What a JSON file says, if it is of the right kind"
     try: d = json.loads(data, object_pairs_hook=_Object)
@@ -56,7 +56,7 @@ def _table(path, *columns):
     if lacking := set(columns)-set(rows[0] if rows else ()): raise DatasetError(f"{path}: no column {', '.join(sorted(lacking))}")
     return [{k:v.strip() for k,v in r.items() if isinstance(k, str) and isinstance(v, str)} for r in rows]
 
-# %% ../nbs/06e_datasets.ipynb #9df747b2
+# %% ../nbs/06e_datasets.ipynb #42204aa7
 def _folder(path):
     "An existing folder"
     path = Path(path).expanduser()
@@ -82,7 +82,7 @@ def _walk(top):
         seen.add(real); dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
         yield Path(at),sorted(files)
 
-# %% ../nbs/06e_datasets.ipynb #821252a7
+# %% ../nbs/06e_datasets.ipynb #72b3382c
 def _some(names, n=3):
     "A few of many names, in words"
     names = [str(x)[:80] for x in names]
@@ -116,7 +116,7 @@ def _shared(m, remedy):
     if both := sorted(p for p,s in sides.items() if len(s-{''})>1): m.warnings.append(f"{len(both)} people or recordings are in more than one part of the publisher's split: {_some(both)}. {remedy}")
     return m
 
-# %% ../nbs/06e_datasets.ipynb #8ab8b118
+# %% ../nbs/06e_datasets.ipynb #e2dba155
 _Grammar = namedtuple('_Grammar', 'space real fake original')
 _GRAMMAR = {'FaceForensics++': _Grammar('FaceForensics++', r'(?P<t>\d{3})', r'(?P<t>\d{3})_(?P<s>\d{3})', '{t}'),
             'DeepFakeDetection': _Grammar('DeepFakeDetection', r'(?P<t>\d\d)__[\w -]+', r'(?P<t>\d\d)_(?P<s>\d\d)__(?P<n>[\w -]+)__\w{8}', '{t}__{n}'),
@@ -133,7 +133,7 @@ def _told(dataset, compression, name, label):
     original = f'{dataset}/real/{compression}/{g.original.format(**m.groupdict())}' if label and g.original else ''
     return dict(target=who('t'), source=who('s'), original=original) if label else dict(actor=who('t'))
 
-# %% ../nbs/06e_datasets.ipynb #d02f759e
+# %% ../nbs/06e_datasets.ipynb #f3bbe01f
 def _fewest(m, parts):
     "Videos in the smallest class of any part"
     n = Counter((v.split, v.label) for v in m)
@@ -159,7 +159,7 @@ def _carve(m, share, seed):
         kept += part; out.skipped += part.skipped; out.warnings += part.warnings
     return _apart(out.like([*kept, *(v for v in m if v.split!='train')]))
 
-# %% ../nbs/06e_datasets.ipynb #0426e5cb
+# %% ../nbs/06e_datasets.ipynb #bbf26383
 _PARTS = ('test','val','train') # who is asked first, if a film is in several
 _COMPRESSIONS = {'raw':'raw', 'c0':'raw', 'c23':'c23', 'c40':'c40'} # folder -> its name here
 _FORGED = ('Deepfakes','Face2Face','FaceSwap','NeuralTextures','FaceShifter','DeepFakeDetection')
@@ -178,7 +178,7 @@ def _ff_folders(root, skipped):
                 elif not (root/at/'videos').is_dir(): skipped.append((at, 'no videos/ in it'))
                 else: yield root/at/'videos',*known,_COMPRESSIONS[c]
 
-# %% ../nbs/06e_datasets.ipynb #e42eae02
+# %% ../nbs/06e_datasets.ipynb #8067ddc5
 def _ff_rows(root, compressions, methods, skipped):
     "One row a video, without split"
     places = list(_ff_folders(root, skipped))
@@ -192,7 +192,7 @@ def _ff_rows(root, compressions, methods, skipped):
             if told: yield Video(dataset, method, c, Path(n).stem, folder/n, '', int(method!='real'), **told)
             else: skipped.append((f'{folder.relative_to(root)}/{n}', 'no name of this set' if _is_film(n) else 'not a video'))
 
-# %% ../nbs/06e_datasets.ipynb #e155796c
+# %% ../nbs/06e_datasets.ipynb #b493e6ea
 def _first(root, name):
     "A file of the publisher, wherever people put it"
     return next((p for p in (root/name, root/'splits'/name, root/'dataset'/name, root/'dataset'/'splits'/name) if p.is_file()), None)
@@ -213,7 +213,7 @@ def _ff_lists(root):
     if twice := of['train']&of['val'] | of['train']&of['test'] | of['val']&of['test']: raise DatasetError(f'{root}: {_some(sorted(twice))} in more than one of the three lists. Take them anew from the publisher')
     return {n:s for s,ns in of.items() for n in ns}
 
-# %% ../nbs/06e_datasets.ipynb #ffc1949c
+# %% ../nbs/06e_datasets.ipynb #f0bebaac
 def _ff_split(m, of):
     "Each video to the part that lists it; what is listed must be there"
     for place in sorted({(v.method, v.compression) for v in m}):
@@ -229,7 +229,7 @@ def _recorded(m, root):
     films = {f'FaceForensics++:{k}':f"youtube:{x.split(' ')[0]}" for k,x in _json(p, _read(p)).items() if isinstance(x, str)}
     return m.like(replace(v, recording=films.get(v.target or v.actor, '')) for v in m)
 
-# %% ../nbs/06e_datasets.ipynb #e3559203
+# %% ../nbs/06e_datasets.ipynb #1b97dece
 def faceforensics(
     root, # holds original_sequences/ and manipulated_sequences/
     compressions=None, # of 'raw','c23','c40'; None for all that are there
@@ -248,7 +248,7 @@ def faceforensics(
     dfd = join_groups(dfd) if splits=='none' else _people_split(dfd, seed) if dfd else dfd
     return _remarks(_finish([*ff, *dfd], both.skipped+ff.skipped+dfd.skipped, ff.warnings+dfd.warnings, root))
 
-# %% ../nbs/06e_datasets.ipynb #e73b59d9
+# %% ../nbs/06e_datasets.ipynb #3a733eb2
 _CELEB = {'Celeb-real':('real',0), 'YouTube-real':('real',0), 'Celeb-synthesis':('Celeb-synthesis',1)}
 
 def _version(root, version):
@@ -270,7 +270,7 @@ def _celeb_rows(root, dataset, skipped, warnings):
             if told is not None: yield f'{name}/{n}',Video(dataset, method, 'as_is', Path(n).stem, at/n, '', label, **told)
             else: skipped.append((f'{sub}/{n}', 'no name of this set' if _is_film(n) else 'not a video'))
 
-# %% ../nbs/06e_datasets.ipynb #4da7c6b9
+# %% ../nbs/06e_datasets.ipynb #5e8c9ac8
 def _celeb_test(root):
     "Which files are held out: in this list 1 is real and 0 is fake, it is turned here and nowhere else"
     path,names = root/'List_of_testing_videos.txt',set()
@@ -284,7 +284,7 @@ def _celeb_test(root):
         names.add(f'{folder}/{m[3]}')
     return names
 
-# %% ../nbs/06e_datasets.ipynb #a24d5391
+# %% ../nbs/06e_datasets.ipynb #e618d95d
 def celebdf(
     root, # holds Celeb-real/, YouTube-real/, Celeb-synthesis/ and List_of_testing_videos.txt
     version=None, # 1 or 2; None asks the folder's name
@@ -303,7 +303,7 @@ def celebdf(
     m = _finish([replace(v, split='test' if n in test else 'train') for n,v in rows.items()], skipped, warnings, root)
     return _remarks(_shared(_carve(m, val, seed), "A test of strangers needs splits='people', or a model that saw no Celeb-DF at all"))
 
-# %% ../nbs/06e_datasets.ipynb #c6105ec3
+# %% ../nbs/06e_datasets.ipynb #c7857edc
 _Part = namedtuple('_Part', 'name files read') # files: name -> (path, member); read: () -> bytes of metadata.json, or None
 
 def _number(part):
@@ -324,7 +324,7 @@ def _packed(path, skipped):
         meta = ns.pop('metadata.json', None)
         yield _Part(_stem(path) if len(some)==1 else f.split('/')[-1], ns, meta and (lambda m=meta: read_member(*m)))
 
-# %% ../nbs/06e_datasets.ipynb #68025cd1
+# %% ../nbs/06e_datasets.ipynb #def45ada
 def _parts(path, skipped):
     "All parts: a folder, an archive, or a folder of either"
     if is_url(path) or is_archive(path): yield from _packed(path, skipped); return
@@ -338,7 +338,7 @@ def _parts(path, skipped):
         try: yield from _packed(a, skipped)
         except DatasetError as e: skipped.append((a.name, str(e)[:200]))
 
-# %% ../nbs/06e_datasets.ipynb #d15ae83a
+# %% ../nbs/06e_datasets.ipynb #efb5d574
 def _dfdc_row(part, n, d):
     "A row, or the reason why not"
     if not isinstance(d, dict): return f'its entry is a {type(d).__name__}'
@@ -363,7 +363,7 @@ def _dfdc_part(part, skipped):
         if isinstance(v, Video): yield v
         else: out(n, v)
 
-# %% ../nbs/06e_datasets.ipynb #c0ee7bb9
+# %% ../nbs/06e_datasets.ipynb #aa2884bf
 def _share(group, seed): return int(hashlib.sha256(f'{seed}:{group}'.encode('utf-8', 'replace')).hexdigest()[:8], 16)/16**8
 
 def _validate(m, share, seed):
@@ -386,7 +386,7 @@ def dfdc(
     if gone := [n for n,r in skipped if r==_MISSING]: m.warnings.append(f'{len(gone)} labelled videos are not there: {_some(gone)}')
     return _remarks(m.like(replace(v, split='val') if _number(v.chunk) in wanted else v for v in m) if wanted else _validate(m, val, seed))
 
-# %% ../nbs/06e_datasets.ipynb #a3b50a4a
+# %% ../nbs/06e_datasets.ipynb #2bb27a93
 _WILD = [(c, s) for c in ('real','fake') for s in ('train','test')]
 
 def _is_picture(name): return name.lower().endswith(PICTURES) and not name.split('/')[-1].startswith('.')
@@ -404,7 +404,7 @@ def _wild_packed(root, part, archive, skipped):
     for f in dict.fromkeys(m.name.rpartition('/')[0] for m in listing.members if _is_picture(m.name)):
         yield _wild_row(part, _stem(archive), [p for p in f.split('/') if p not in ('','.')], root/part/archive, f)
 
-# %% ../nbs/06e_datasets.ipynb #22597a0c
+# %% ../nbs/06e_datasets.ipynb #46018607
 def _wild_rows(root, part, skipped):
     "All sequences of 'real_train', ..."
     files,folders = _here(root/part)
@@ -429,7 +429,7 @@ def wilddeepfake(
     if gone := [f'{c}_{s}' for c,s in _WILD if f'{c}_{s}' not in parts]: warnings.append(f'not there: {_some(gone)}')
     return _validate(_finish([v for p in parts for v in _wild_rows(root, p, skipped)], skipped, warnings, root), val, seed)
 
-# %% ../nbs/06e_datasets.ipynb #c3d735d9
+# %% ../nbs/06e_datasets.ipynb #c7078b36
 _BENCH = {'FF-real':('FaceForensics++','real'), 'FF-DF':('FaceForensics++','Deepfakes'), 'FF-F2F':('FaceForensics++','Face2Face'), 'FF-FS':('FaceForensics++','FaceSwap'),
           'FF-NT':('FaceForensics++','NeuralTextures'), 'FF-FH':('FaceForensics++','FaceShifter'), 'FF-SH':('FaceForensics++','FaceShifter'),
           'DFD_real':('DeepFakeDetection','real'), 'DFD_fake':('DeepFakeDetection','DeepFakeDetection'), 'CelebDFv1_real':('Celeb-DF-v1','real'), 'CelebDFv1_fake':('Celeb-DF-v1','Celeb-synthesis'),
@@ -444,7 +444,7 @@ def _labelled(top, label):
     m = re.fullmatch(r'(.*)_(real|fake)', label, re.I)
     return (top, m[2].lower() if m[2].lower()=='real' else m[1] or 'fake') if m else 'unknown label, and it does not end in real or fake'
 
-# %% ../nbs/06e_datasets.ipynb #e1ad6248
+# %% ../nbs/06e_datasets.ipynb #63fafcec
 def _within(at, d, skipped):
     "Keys and values of what should be an object"
     if isinstance(d, dict): yield from ((f'{at}/{k}', k, x) for k,x in d.items())
@@ -463,7 +463,7 @@ def _bench_entries(top, d, skipped):
                     if isinstance(frames, list) and frames and all(isinstance(f, str) for f in frames): yield (*known, _COMPRESSIONS.get(c, 'as_is'), name),part,frames
                     else: skipped.append((at, 'no video with frames: a field where a video should be'))
 
-# %% ../nbs/06e_datasets.ipynb #5794cfe7
+# %% ../nbs/06e_datasets.ipynb #bc1be1bb
 def _laid_out(frames):
     "Folder below `rgb/` and names of the pictures; or the reason why not"
     paths = [f.replace('\\','/').removeprefix('./').removeprefix('datasets/').removeprefix('rgb/').split('/') for f in frames]
@@ -483,7 +483,7 @@ def _bench_root(path, root, folders):
         if any(_names(p/f) for f in folders): return p
     raise DatasetError(f"{path}: none of its frames are found, {_some(folders, 1) or 'it names none'} for one. Say root=, the folder that holds it (in DeepfakeBench datasets/rgb)")
 
-# %% ../nbs/06e_datasets.ipynb #4c93ffdc
+# %% ../nbs/06e_datasets.ipynb #5f1afc21
 def _bench_split(m, parts):
     "One part for each video, and say what was not one"
     for d in sorted({v.dataset for v in m}):
@@ -501,7 +501,7 @@ def _bench_order(d, rows, of, warnings):
     if d.startswith('Celeb-DF') and not any(v.actor and v.split=='train' for v in rows): warnings.append(f'{d}: train has no film of Celeb-real, this JSON lost them; read the set itself')
     return _apart(Manifest(rows))
 
-# %% ../nbs/06e_datasets.ipynb #b07a55e5
+# %% ../nbs/06e_datasets.ipynb #51ce0a46
 def _bench_rows(path, root, entries, skipped, warnings):
     "key -> its row, and the parts that it is in"
     laid = {}
@@ -518,7 +518,7 @@ def _bench_rows(path, root, entries, skipped, warnings):
         else: skipped.append((v.key, _MISSING))
     if short: warnings.append(f'{short} listed frames are not there')
 
-# %% ../nbs/06e_datasets.ipynb #518d2256
+# %% ../nbs/06e_datasets.ipynb #595201e6
 def deepfakebench(
     path, # of a JSON of preprocessing/dataset_json; `X_c40` means the c40 of X.json
     root=None, # where its frames lie (datasets/rgb); None looks around the JSON
@@ -538,7 +538,7 @@ def deepfakebench(
     m = _bench_split(m, {v.key:ps for v,ps in rows})
     return _remarks(_shared(m, 'Read the set itself, and split it by people'))
 
-# %% ../nbs/06e_datasets.ipynb #4b8c5b98
+# %% ../nbs/06e_datasets.ipynb #cc71754f
 _KINDS = ('RealVideo-RealAudio','RealVideo-FakeAudio','FakeVideo-RealAudio','FakeVideo-FakeAudio')
 
 def _fav_methods(root, skipped):
@@ -565,7 +565,7 @@ def _fav_row(root, at, n, of):
     else: told = dict(target=people[0], source=people[1], original='/'.join(['FakeAVCeleb/real/as_is',_KINDS[0],*Path(where).parts[1:-1],re.split(r'[_.]', n)[0]])) 
     return Video('FakeAVCeleb', method, 'as_is', where.rpartition('.')[0], at/n, '', int(kind!=_KINDS[0]), trim=True, sound=True, **told) if who else None
 
-# %% ../nbs/06e_datasets.ipynb #367a3634
+# %% ../nbs/06e_datasets.ipynb #145fd662
 def fakeavceleb(
     root, # holds RealVideo-RealAudio/ and the other three
     splits:str='people', # the publisher has none; 'none' leaves it open
@@ -589,7 +589,7 @@ def fakeavceleb(
     m = _finish(rows, skipped, warnings, root)
     return _remarks(_people_split(m, seed) if splits=='people' else join_groups(m))
 
-# %% ../nbs/06e_datasets.ipynb #5148121d
+# %% ../nbs/06e_datasets.ipynb #ed36a892
 _HOME = {'original_videos':('real',0), 'method_A':('method_A',1), 'method_B':('method_B',1)}
 
 def _preview_row(root, n, d, there):
@@ -620,7 +620,7 @@ def dfdc_preview(
     skipped += [(n, 'twice in dataset.json, the first counts') for n in d.twice]+[(n, 'not in dataset.json: no label') for n in sorted(there-set(d))]
     return _remarks(_shared(_carve(_finish(rows, skipped, [], root), val, seed), 'The publisher says there are none'))
 
-# %% ../nbs/06e_datasets.ipynb #c54d9ef0
+# %% ../nbs/06e_datasets.ipynb #60a73896
 _SAYS = {'0':0, '1':1, 'real':0, 'fake':1, 'false':0, 'true':1}
 
 def _test_labels(root):
@@ -647,7 +647,7 @@ def dfdc_test(
     skipped += [(n, 'no label') for n in there if n not in done]
     return _finish(rows, skipped, [], path)
 
-# %% ../nbs/06e_datasets.ipynb #29d1aa8a
+# %% ../nbs/06e_datasets.ipynb #4b46cb46
 def _deeper_lists(root):
     "Name -> part"
     at,of = next((d for d in (root/'lists'/'splits', root/'splits') if d.is_dir()), root/'lists'/'splits'),{}
@@ -669,7 +669,7 @@ def _deeper_rows(root, of, skipped):
                 yield Video('DeeperForensics-1.0', sub, 'as_is', stem, at/n, '', 1, of[stem], target=f'FaceForensics++:{m[1]}', source=f'DeeperForensics:{m[2]}', original=f'FaceForensics++/real/c23/{m[1]}')
         gone = set(of)-{p.stem for p in (root/'manipulated_videos'/sub).rglob('*.mp4')}; skipped += [(f'{sub}/{n}', _MISSING) for n in sorted(gone)]
 
-# %% ../nbs/06e_datasets.ipynb #14efea3e
+# %% ../nbs/06e_datasets.ipynb #b94055a9
 def deeperforensics(
     root, # holds manipulated_videos/, source_videos/ and lists/
     originals=None, # root of FaceForensics++: its c23 sequences are the reals of this set
@@ -687,7 +687,7 @@ def deeperforensics(
     m = _shared(join_groups(m), 'Its lists part the targets, not the actors')
     return _remarks(m) if originals else m
 
-# %% ../nbs/06e_datasets.ipynb #86328df5
+# %% ../nbs/06e_datasets.ipynb #98f3325a
 @dataclass(frozen=True)
 class About:
     "What the publisher says of a set"
@@ -707,7 +707,7 @@ class Layout:
     read:object # (path, **options) -> `Manifest`
     about:About # of the whole set
 
-# %% ../nbs/06e_datasets.ipynb #d9cec0ab
+# %% ../nbs/06e_datasets.ipynb #06206f7e
 _ff,_dfd = 'FaceForensics++','DeepFakeDetection'
 _late = ((_ff,'FaceShifter'),(_dfd,'real'),(_dfd,_dfd))
 ABOUT = dict(
@@ -718,7 +718,7 @@ ABOUT = dict(
     wilddeepfake=About('WildDeepfake', {('WildDeepfake','real'):3805, ('WildDeepfake','fake'):3509}, (), {}, 'some tens of GB of pictures', 'the form in the repository OpenTAI/wild-deepfake', 'research, not commerce, under the terms that are signed'),
     dfdc=About('Deepfake Detection Challenge, training set', {('DFDC','real'):19154, ('DFDC','fake'):100000}, (), {}, 'about 470 GB in 50 zips', 'the competition deepfake-detection-challenge on Kaggle, or the page of Meta AI', 'the rules of the competition, which are accepted before the download'))
 
-# %% ../nbs/06e_datasets.ipynb #c5780c14
+# %% ../nbs/06e_datasets.ipynb #276dfb94
 ABOUT |= dict(
     dfdc_preview=About('Deepfake Detection Challenge, preview', {('DFDC-preview','real'):1131, ('DFDC-preview','*'):4119}, (), dict(train=855+3618, test=276+501), 'some GB', 'the page of Meta AI on the challenge', 'the terms of the challenge'),
     dfdc_test=About('Deepfake Detection Challenge, public test', {('DFDC-test','real'):2500, ('DFDC-test','fake'):2500}, (), dict(test=5000), 'some tens of GB', 'the page of Meta AI on the challenge', 'the terms of the challenge'),
@@ -727,7 +727,7 @@ ABOUT |= dict(
     deepfakebench=About('frames cut out by DeepfakeBench', where='the forms of the publishers; the JSON files come with the repository SCLBD/DeepfakeBench', terms='the terms of each set'),
     folder=About('a folder of your own'), csv=About('a table of your own'), manifest=About('a manifest that was saved'))
 
-# %% ../nbs/06e_datasets.ipynb #7da239a1
+# %% ../nbs/06e_datasets.ipynb #6ffe065e
 def _marks(*names): return lambda p: p.is_dir() and any((p/n).exists() for n in names)
 def _ends(*ends): return lambda p: p.is_file() and p.name.lower().endswith(ends)
 
@@ -750,7 +750,7 @@ def _is_test(p):
 
 def _is_celeb(v): return lambda p: _marks(*_CELEB,'List_of_testing_videos.txt')(p) and v not in re.findall(r'v([12])\b', p.resolve().name.lower().replace('_','-'))
 
-# %% ../nbs/06e_datasets.ipynb #233ad65c
+# %% ../nbs/06e_datasets.ipynb #344f67d9
 def _own(p):
     "A folder with films, whose names are not those of a published set's fakes"
     if not p.is_dir(): return False
@@ -764,7 +764,7 @@ _READ = dict(faceforensics=(_marks('original_sequences','manipulated_sequences')
     deeperforensics=(_marks('manipulated_videos'), deeperforensics), deepfakebench=(_ends('.json'), deepfakebench), csv=(_ends('.csv','.tsv'), csv_manifest), manifest=(_ends('.jsonl'), Manifest.load), folder=(_own, folder_manifest))
 LAYOUTS = {n:Layout(n, *_READ[n], ABOUT[n]) for n in _READ}
 
-# %% ../nbs/06e_datasets.ipynb #22b65b31
+# %% ../nbs/06e_datasets.ipynb #c8a32d45
 def _fits(p): return [n for n,l in LAYOUTS.items() if n!='folder' and l.detect(p)]
 
 def _detect(path):
@@ -794,7 +794,7 @@ def read_dataset(
     if layout!='auto' and layout not in LAYOUTS: raise DatasetError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     return LAYOUTS[_detect(path) if layout=='auto' else layout].read(path, **options)
 
-# %% ../nbs/06e_datasets.ipynb #075a5722
+# %% ../nbs/06e_datasets.ipynb #5b44a9e0
 def _size(m):
     "Bytes on disk, each file once; and what is empty"
     total,empty = 0,[]
@@ -819,7 +819,7 @@ def _against(m, about):
 
 def _left(m, k): return sum(n.startswith('/'.join(k)+'/') and r!=_MISSING for n,r in m.skipped)
 
-# %% ../nbs/06e_datasets.ipynb #cad92ec9
+# %% ../nbs/06e_datasets.ipynb #72285415
 def _pace(v, seconds):
     "Processor seconds that decoding and tracking took, and of how many seconds of film"
     def some(frames):
@@ -849,7 +849,7 @@ def _timing(m, seconds=10.):
     film,cores = sum(v.seconds for v in known)/len(known)*len(m),len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return dict(film_hours=film/3600, core_hours=[film*min(paces)/3600, film*max(paces)/3600], cores=cores, hours=[film*min(paces)/3600/cores, film*max(paces)/3600/cores], from_videos=len(paces), from_headers=len(known))
 
-# %% ../nbs/06e_datasets.ipynb #edeaa947
+# %% ../nbs/06e_datasets.ipynb #863f8ea7
 @dataclass
 class Diagnosis:
     "What a doctor found"
@@ -867,7 +867,7 @@ class Diagnosis:
     def code(self)->int: return 2 if self.error else int(bool(self.missing or self.leaks))
     def table(self): return _against(self.manifest, self.about)
 
-# %% ../nbs/06e_datasets.ipynb #2b1928b2
+# %% ../nbs/06e_datasets.ipynb #f2e2f2cd
 def _lacking(m, about, part):
     "Sentences on what is not there"
     out = [f'{n} {r}' for r,n in Counter('listed videos are not there' if r==_MISSING else '' for _,r in m.skipped).items() if r]
@@ -903,7 +903,7 @@ def check(
     if timing: d.timing = _timing(m, seconds)
     return d
 
-# %% ../nbs/06e_datasets.ipynb #4fb4fccc
+# %% ../nbs/06e_datasets.ipynb #d85d2e36
 def _gigabytes(n): return f'{n/1e9:.1f} GB' if n>=1e8 else f'{n/1e6:.1f} MB'
 
 def _hours(*hs): return ' to '.join(f'{h:.1f} h' if h>=1 else f'{60*h:.1f} min' if h>=1/60 else f'{3600*h:.1f} s' for h in hs)
@@ -924,7 +924,7 @@ def __str__(self:Diagnosis):
         *_lines('MISSING', self.missing), *_lines('LEAKS', self.leaks), *_lines('to know', m.warnings), *_lines('left out', skipped), *_told_timing(self.timing),
         *([f"the whole set{f': {a.size}' if a.size else ''}; ask for it by {a.where}. Terms: {a.terms}"] if a.where else []), 'something is missing or leaks' if self.code else 'all is there, and nothing is on both sides'])
 
-# %% ../nbs/06e_datasets.ipynb #d9555a1a
+# %% ../nbs/06e_datasets.ipynb #74ae1b21
 @patch
 def plain(self:Diagnosis)->dict: # for JSON
     "All of it, for a machine"

@@ -7,7 +7,7 @@ __all__ = ['FLAT', 'BITS', 'Pair', 'SAYS', 'KINDS', 'Chain', 'picture_hash', 'di
            'Tie', 'find_ties', 'file_sums', 'Leaks', 'LeakError', 'audit', 'show_leaks', 'between', 'without_leaks',
            'main']
 
-# %% ../nbs/06c_leakage.ipynb #58c3c56f
+# %% ../nbs/06c_leakage.ipynb #6d8c7bca
 import argparse,cv2,numpy as np,sys
 from collections import Counter,defaultdict,namedtuple
 from dataclasses import dataclass,replace
@@ -17,11 +17,12 @@ from fastcore.basics import patch
 from .manifest import DatasetError,Manifest,Video,connected,tokens
 from .pack import sha256
 
-# %% ../nbs/06c_leakage.ipynb #33cf88de
+# %% ../nbs/06c_leakage.ipynb #b7fc3102
 _i,_j = np.indices((64,64))
 _COARSE = np.argsort((_i+_j)*64+_i, axis=None)[1:257] # the coarsest 256 coefficients, without the mean
 FLAT = 2. # grey levels: a crop whose spread is less shows nothing, and its signs are noise
 
+# %% ../nbs/06c_leakage.ipynb #a8b3e1f9
 def picture_hash(
     image:np.ndarray, # `(H,W,3)` uint8 RGB
 )->np.ndarray: # `(32,)` uint8: 256 bits
@@ -29,6 +30,7 @@ def picture_hash(
     grey = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (64,64), interpolation=cv2.INTER_AREA)
     return np.packbits(cv2.dct(grey.astype(np.float32)).ravel()[_COARSE]>0)
 
+# %% ../nbs/06c_leakage.ipynb #a05d60e8
 def distance(
     a:np.ndarray, # `(...,32)` uint8
     b:np.ndarray, # the same, or what broadcasts
@@ -36,10 +38,10 @@ def distance(
     "How many bits differ"
     return np.bitwise_count(a^b).sum(-1, dtype=int)
 
-# %% ../nbs/06c_leakage.ipynb #fd81fa28
+# %% ../nbs/06c_leakage.ipynb #3ed8d152
 BITS = 24 # as many may differ between two pictures that count as the same
 
-# %% ../nbs/06c_leakage.ipynb #8599a187
+# %% ../nbs/06c_leakage.ipynb #4efac79c
 def face_hashes(
     store, # a `FaceStore`
     each:int=8, # frames from one hash to the next
@@ -51,7 +53,7 @@ def face_hashes(
         found[t.video] += [picture_hash(c)[None] for c in crops if c.mean(-1).std()>=FLAT]
     return {k:np.concatenate(hs) for k,hs in found.items()}
 
-# %% ../nbs/06c_leakage.ipynb #817b8dd4
+# %% ../nbs/06c_leakage.ipynb #5859f1b6
 def _meet(key, # `(N,)` of which equal ones are wanted
           owner): # `(N,)`: pairs of one owner are not
     "All pairs of indices with equal keys and different owners, a block at a time"
@@ -60,6 +62,7 @@ def _meet(key, # `(N,)` of which equal ones are wanted
         s += 1; i = i[i+s<len(k)]; i = i[k[i]==k[i+s]]; j = i[o[i]!=o[i+s]]
         yield order[j],order[j+s]
 
+# %% ../nbs/06c_leakage.ipynb #ff9f3952
 def near(
     hashes:np.ndarray, # `(N,32)` uint8
     owner:np.ndarray, # `(N,)` int: whose they are
@@ -74,7 +77,7 @@ def near(
         found = np.unique(np.concatenate([found, *here]))
     return np.stack(np.divmod(found, max(n, 1)), 1)
 
-# %% ../nbs/06c_leakage.ipynb #a97cfbb6
+# %% ../nbs/06c_leakage.ipynb #584f7ced
 Pair = namedtuple('Pair', 'a b k n') # keys of two videos; k of the n hashes of the shorter one have a partner in the other
 
 def same_pictures(
@@ -87,11 +90,12 @@ def same_pictures(
         for hit,x in zip(touched[owner[i],owner[j]], (i,j)): hit.add(x)
     return [Pair(keys[a], keys[b], len(hit[size[b]<size[a]]), min(size[a], size[b])) for (a,b),hit in sorted(touched.items())]
 
-# %% ../nbs/06c_leakage.ipynb #eddca60a
+# %% ../nbs/06c_leakage.ipynb #99a8b8e4
 SAYS = dict(key='are the same video ({})', file='are the same file (sha256 {:.12}...)', pictures='show the same pictures ({})', original='come from the same original {}',
             person='share the person {}', recording='are cut from the same recording {}', group='are both in the group {}')
 KINDS = tuple(SAYS) # what may be allowed, the surest first
 
+# %% ../nbs/06c_leakage.ipynb #f3c24190
 @dataclass(frozen=True)
 class Tie:
     "What two or more videos have in common"
@@ -100,19 +104,21 @@ class Tie:
     videos:tuple # numbers of the rows
     def __str__(self): return SAYS[self.kind].format(self.word)
 
+# %% ../nbs/06c_leakage.ipynb #3d1df3c1
 def _words(v, sums):
     "All that ties a row to others, by kind; each once"
     kind = lambda t: 'person' if t in v.people else 'recording' if t==v.recording else 'original'
     given = [('key', v.key), ('file', sums.get(v.key)), *[(kind(t), t) for t in tokens(v)], ('group', v.group)]
     return dict.fromkeys(w for w in given if w[1])
 
-# %% ../nbs/06c_leakage.ipynb #42d3139d
+# %% ../nbs/06c_leakage.ipynb #03741ca7
 def _bags(ties, n): # for each of `n` rows, the numbers of its ties
     bags = [[] for _ in range(n)]
     for t,tie in enumerate(ties):
         for i in tie.videos: bags[i].append(t)
     return bags
 
+# %% ../nbs/06c_leakage.ipynb #e4c3307d
 def find_ties(
     videos, # rows
     sums=None, # key -> sha256 of the file
@@ -130,7 +136,7 @@ def find_ties(
     part = connected(_bags([t for t in ties if t.kind in ('person','original','recording')], len(videos)))
     return sorted((t for t in ties if t.kind!='group' or len({part[i] for i in t.videos})>1), key=lambda t: KINDS.index(t.kind))
 
-# %% ../nbs/06c_leakage.ipynb #d61855ac
+# %% ../nbs/06c_leakage.ipynb #bf9fd0e4
 def file_sums(
     videos, # rows
 )->tuple: # dict key -> sha256, and a list of `Skipped`
@@ -141,7 +147,7 @@ def file_sums(
     read = {p:sha256(p) for p in dict.fromkeys(v.path for v in plain)}
     return {v.key:read[v.path] for v in plain},[(k, f'not hashed: {r}') for k,r in why.items() if r]
 
-# %% ../nbs/06c_leakage.ipynb #cfb171ec
+# %% ../nbs/06c_leakage.ipynb #f904a2d2
 Chain = namedtuple('Chain', 'videos ties') # numbers of rows from one side to the other, and the ties between neighbours
 
 def _reach(start, ties, bags):
@@ -153,20 +159,23 @@ def _reach(start, ties, bags):
             for j in (j for j in ties[t].videos if j not in came): came[j] = i,ties[t]; rows.append(j)
     return came
 
+# %% ../nbs/06c_leakage.ipynb #452012d5
 def _chain(came, j):
     "From the start of the walk to row `j`"
     rows,links = [j],[]
     while came[rows[0]]: i,t = came[rows[0]]; rows.insert(0, i); links.insert(0, t)
     return Chain(tuple(rows), tuple(links))
 
+# %% ../nbs/06c_leakage.ipynb #d3d939c7
 def _members(part): # component -> rows
     found = defaultdict(list)
     for i,c in enumerate(part): found[c].append(i)
     return found
 
-# %% ../nbs/06c_leakage.ipynb #05a6ec60
+# %% ../nbs/06c_leakage.ipynb #605d669a
 def _clash(x, y, between): return bool(x[1] and y[1] and x[1]!=y[1] and (not between or x[0]!=y[0])) # two sides, each (number of the set, split)
 
+# %% ../nbs/06c_leakage.ipynb #cb32fd28
 def _crossing(ties, sides, between):
     "For each component, and each two sides that must not meet in it, the shortest chain"
     bags = _bags(ties, len(sides)); found = []
@@ -177,7 +186,7 @@ def _crossing(ties, sides, between):
             found.append(_chain(came, next(j for j in came if sides[j]==y)))
     return found
 
-# %% ../nbs/06c_leakage.ipynb #de8bab49
+# %% ../nbs/06c_leakage.ipynb #290f0476
 @dataclass(repr=False)
 class Leaks:
     "What an audit looked at, and what it found"
@@ -201,9 +210,10 @@ class Leaks:
     def say(self, chain): return '; '.join(f'{self.name(a)} and {self.name(b)} {t}' for a,b,t in zip(chain.videos, chain.videos[1:], chain.ties))
     def where(self, tie): return ', '.join(f"{n} {s or 'not split'}" for s,n in Counter(self.sides[i][1] for i in tie.videos).items())
 
-# %% ../nbs/06c_leakage.ipynb #48f3d0a1
+# %% ../nbs/06c_leakage.ipynb #807ce42c
 def _few(lines, n=8): return [*lines[:n], *([f'... and {len(lines)-n} more'] if len(lines)>n else [])]
 
+# %% ../nbs/06c_leakage.ipynb #32e54127
 @patch
 def __repr__(self:Leaks):
     "The whole report, in words"
@@ -215,30 +225,32 @@ def __repr__(self:Leaks):
         *([f'accepted though on more than one side: {len(self.allowed)}', *_few([f'  {t.kind} {t.word}: {self.where(t)}' for t in self.allowed])] if self.allowed else []),
         *([f'LEAKS: {len(self.crossing)}', *_few(['  '+self.say(c) for c in self.crossing])] if self.crossing else ['nothing is on both sides'])])
 
-# %% ../nbs/06c_leakage.ipynb #c3e60974
+# %% ../nbs/06c_leakage.ipynb #58dbb3fb
 class LeakError(DatasetError):
     "Something is on both sides of a split; `leaks` is the whole report"
     def __init__(self, message, leaks=None): super().__init__(message); self.leaks = leaks
 
+# %% ../nbs/06c_leakage.ipynb #bc3810eb
 def _judge(leaks):
     "The report, if nothing leaks"
     if not (c := leaks.crossing): return leaks
     kinds = ', '.join(k for k in KINDS if any(t.kind==k for x in c for t in x.ties))
     raise LeakError(f"{len(c)} leaks. {'. '.join(_few([leaks.say(x) for x in c]))}. Split by people (`split_people`, `split_groups`), drop what leaks (`without_leaks`), or accept a kind of link knowingly (`allow`: {kinds})", leaks)
 
-# %% ../nbs/06c_leakage.ipynb #564aae62
+# %% ../nbs/06c_leakage.ipynb #efaf179d
 def _checked(videos, allow):
     "Errors for names that mean nothing"
     if odd := set(allow)-set(KINDS): raise DatasetError(f"allow: no kind of link is called {', '.join(sorted(odd))}; there are {', '.join(KINDS)}")
     if odd := [v for v in videos if v.split not in ('','train','val','test')]: raise DatasetError(f'{odd[0].key}: {odd[0].split!r} is no split: train, val, test or nothing')
 
+# %% ../nbs/06c_leakage.ipynb #8ef11141
 def _accepted(ties, sides, allow, between):
     "Ties of allowed kinds that stand on two sides, or are links of a chain that does"
     chains = {t for c in _crossing(ties, sides, between) for t in c.ties} if allow else ()
     apart = lambda t: any(_clash(x, y, between) for x,y in combinations({sides[i] for i in t.videos}, 2))
     return [t for t in ties if t.kind in allow and (t in chains or apart(t))]
 
-# %% ../nbs/06c_leakage.ipynb #3698f664
+# %% ../nbs/06c_leakage.ipynb #179ee64d
 def _look(videos, sides, sums, faces, allow, bits, between=False):
     "The report, whatever it says"
     _checked(videos, allow); sums,faces = sums or {},faces or {}
@@ -247,7 +259,7 @@ def _look(videos, sides, sums, faces, allow, bits, between=False):
     return Leaks(videos, sides, told, connected(_bags(strict, len(videos))), _crossing(strict, sides, between), _accepted(ties, sides, allow, between),
                  sum(bool(sums.get(v.key)) for v in videos), sum(len(faces.get(v.key, ()))>0 for v in videos))
 
-# %% ../nbs/06c_leakage.ipynb #e6f8a36d
+# %% ../nbs/06c_leakage.ipynb #f85d679e
 def _single(videos):
     "The rows, if each key is there once"
     at = defaultdict(list)
@@ -255,6 +267,7 @@ def _single(videos):
     if twice := {k:s for k,s in at.items() if len(s)>1}: raise LeakError(f"{len(twice)} keys are there more than once: {', '.join(_few([f'{k} ({chr(44).join(s)})' for k,s in twice.items()]))}. Leave one row of each")
     return videos
 
+# %% ../nbs/06c_leakage.ipynb #c815fc42
 def audit(
     manifests, # a manifest, or several
     sums=None, # key -> sha256 of the file, from `file_sums`
@@ -266,7 +279,7 @@ def audit(
     videos = _single([v for m in manifests for v in ([m] if isinstance(m, Video) else m)])
     return _judge(_look(videos, [(0, v.split) for v in videos], sums, faces, allow, bits))
 
-# %% ../nbs/06c_leakage.ipynb #ecac85b8
+# %% ../nbs/06c_leakage.ipynb #4ed7ac50
 _COLOURS = {'train':'C0', 'val':'C2', 'test':'C3', '':'.75'} # as in `show_groups`
 
 def _arc(ax, a, b):
@@ -274,7 +287,7 @@ def _arc(ax, a, b):
     t = np.linspace(-1, 1, 30); (x,y),(z,_) = a,b
     ax.plot((x+z)/2+t*(z-x)/2, y-.14-min(.1*abs(z-x), .5)*(1-t*t), color='r', lw=1.3)
 
-# %% ../nbs/06c_leakage.ipynb #4da43976
+# %% ../nbs/06c_leakage.ipynb #9aaf9697
 def show_leaks(
     leaks:Leaks, # from `audit`, or `LeakError.leaks`
     most:int=12, # components
@@ -298,7 +311,7 @@ def show_leaks(
     ax.legend(frameon=False, loc='center left', bbox_to_anchor=(1,.5))
     return ax
 
-# %% ../nbs/06c_leakage.ipynb #c772af0e
+# %% ../nbs/06c_leakage.ipynb #33f0989c
 def between(
     a, # a manifest: what is trained on
     b, # another: what is judged on
@@ -311,7 +324,7 @@ def between(
     "Make sure that nothing of one set is on another side of the other set, or raise `LeakError` with names"
     return _judge(_look([*a, *b], [(n, v.split or sides[n]) for n,m in enumerate((a, b)) for v in m], sums, faces, allow, bits, True))
 
-# %% ../nbs/06c_leakage.ipynb #576e49f3
+# %% ../nbs/06c_leakage.ipynb #744172de
 def without_leaks(
     manifest, # with splits
     keep:str='test', # the part that stays whole; of the others 'test' goes before 'val' before 'train'
@@ -332,12 +345,13 @@ def without_leaks(
     left = (manifest if isinstance(manifest, Manifest) else Manifest()).like([v for i,v in enumerate(videos) if i not in out], [(videos[i].key, r) for i,r in sorted(out.items())])
     return without_leaks(left, keep, sums, faces, allow, bits) if out else left
 
-# %% ../nbs/06c_leakage.ipynb #71345fe4
+# %% ../nbs/06c_leakage.ipynb #e349926d
 def _steps(files, sums, allow):
     "All audits of some manifests: (what, function)"
     for path,m in files: yield str(path),lambda m=m: audit(m, sums, allow=allow)
     for (n,(p,a)),(_,(q,b)) in combinations(enumerate(files), 2): yield f'{p} against {q}',lambda a=a, b=b, n=n: between(a, b, sums, allow=allow, sides=('test' if n else 'train', 'test'))
 
+# %% ../nbs/06c_leakage.ipynb #1fd2e2e9
 def main(argv=None):
     "`python -m deepfake_nb.leakage A.jsonl [B.jsonl ...]`; exit status 0 clean, 1 a leak, 2 an input that cannot be read"
     p = argparse.ArgumentParser(prog='python -m deepfake_nb.leakage', description='Is anything on both sides of a split? The first manifest is what is trained on, others are what is judged on.')
@@ -356,4 +370,5 @@ def main(argv=None):
     if a.sums: print(f"{len(sums)} files hashed, {len(unread)} not ({', '.join(f'{n} {r}' for r,n in Counter(r for _,r in unread).items()) or 'none'})")
     return int(leaks>0)
 
+# %% ../nbs/06c_leakage.ipynb #f171b74c
 if __name__=='__main__' and '__file__' in globals(): sys.exit(main()) # not in a notebook

@@ -19,6 +19,7 @@ from .pack import ITEMS,atomic_write,sample,sha256
 class DatasetError(Exception):
     "What is wrong with a set of videos, and what to do"
 
+# %% ../nbs/06_manifest.ipynb #253eaffb
 @dataclass(frozen=True)
 class Video:
     "One video and what is known of it: a file, a member of an archive, or a folder of frames"
@@ -50,6 +51,7 @@ class Video:
 # %% ../nbs/06_manifest.ipynb #e0a8aa2c
 Skipped = namedtuple('Skipped', 'name reason')
 
+# %% ../nbs/06_manifest.ipynb #26c10e62
 class Manifest(list):
     "A list of `Video`s, what was left out and why, and what its reader warns of"
     def __init__(self,
@@ -103,6 +105,7 @@ def folder_manifest(
         raise DatasetError(f"{folder}: has real/ or fake/, but also {', '.join(odd[:3])} beside them: are these real or fake? Move them below one of the two")
     return Manifest([_row(folder, p, labelled) for p in known], skipped)
 
+# %% ../nbs/06_manifest.ipynb #785efb4b
 def _row(folder, p, labelled):
     "One video of a folder"
     inner = p.parts[1:] if labelled else p.parts
@@ -129,6 +132,7 @@ def show_groups(
 _COLUMNS = tuple(f.name for f in fields(Video) if f.name not in ('frames','path'))
 _WORDS = {'0':0, '1':1, 'real':0, 'fake':1}
 
+# %% ../nbs/06_manifest.ipynb #b2413565
 def csv_manifest(
     path, # of a CSV with the columns `path` (relative to it, or absolute) and `label`, and more fields of `Video`
     sep=',', # between columns
@@ -168,6 +172,7 @@ def where(self:Manifest,
         if odd := ws-(got := {getattr(v, k) for v in self}): raise DatasetError(f"no video has {k} {', '.join(map(repr, odd))}: there are {', '.join(map(repr, sorted(got, key=str)[:12]))}")
     return self.like(v for v in self if all(getattr(v, k) in ws for k,ws in several.items()))
 
+# %% ../nbs/06_manifest.ipynb #624cbc29
 @patch
 def counts(self:Manifest,
     *by, # fields
@@ -205,6 +210,7 @@ def save(self:Manifest,
     head = dict(format=_FORMAT, rows=len(rows), hash=self.hash, root=root, skipped=self.skipped, warnings=self.warnings)
     return atomic_write(path, lambda p: p.write_text('\n'.join(json.dumps(r, sort_keys=True) for r in [head,*rows])+'\n'))
 
+# %% ../nbs/06_manifest.ipynb #0483fdac
 @patch(cls_method=True)
 def load(cls:Manifest,
     path, # of a file from `save`
@@ -264,6 +270,7 @@ class Split:
 # %% ../nbs/06_manifest.ipynb #4e0cb07b
 def _ranked(groups, seed): return sorted(groups, key=lambda g: hashlib.sha256(f'{seed}:{g}'.encode()).digest())
 
+# %% ../nbs/06_manifest.ipynb #99493e85
 def split_groups(
     groups, # names; repeated ones count once
     held_out='', # a name, or several (a list, or with commas), fixed beforehand; '' lets the hash choose
@@ -291,6 +298,7 @@ def tokens(
     "All that ties a video to others"
     return [*v.people, v.original or v.key, *filter(None, [v.recording])]
 
+# %% ../nbs/06_manifest.ipynb #2ed9aedb
 def connected(
     bags, # of words, one for each item
 )->list: # number of each item's component
@@ -302,6 +310,7 @@ def connected(
     graph = coo_matrix(([1]*len(at), tuple(zip(*at)) or ((),())), shape=(n,n))
     return connected_components(graph, directed=False)[1][:len(bags)].tolist()
 
+# %% ../nbs/06_manifest.ipynb #ce748cfc
 def join_groups(
     videos, # a manifest
 )->Manifest: # the same with `group` filled in: the first name, in the order of the alphabet, of all that are joined

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Film', 'MINIATURES', 'FF_METHODS', 'film', 'marked', 'miniature', 'tree']
 
-# %% ../nbs/06d_miniatures.ipynb #26bb5f93
+# %% ../nbs/06d_miniatures.ipynb #78cfca79
 import cv2,functools,gzip,hashlib,inspect,io,json,numpy as np,tarfile,tempfile,zipfile
 from collections import Counter,namedtuple
 from itertools import islice
@@ -15,7 +15,7 @@ from .manifest import DatasetError
 from .pack import sample
 from .video import Frame,VideoFile,write_video
 
-# %% ../nbs/06d_miniatures.ipynb #1bacf7d3
+# %% ../nbs/06d_miniatures.ipynb #6d1a8889
 _WINDOWS = dict(woman=(160,0,480,360,46), man=(92,48,400,300,72), carphone=(4,6,152,114,48)) # x, y, width, height of the part that is used, and how many frames
 
 @functools.cache
@@ -28,7 +28,7 @@ def _person(
     tracker = Tracker(); found = [tracker(Frame(i, i/25, f)) for i,f in enumerate(frames)]
     return np.stack(frames),np.stack([box_of(next(iter(t.values()))[0]) for t in found])
 
-# %% ../nbs/06d_miniatures.ipynb #7ee91405
+# %% ../nbs/06d_miniatures.ipynb #91bdac6d
 Film = namedtuple('Film', 'frames boxes qp') # (T,H,W,3) uint8, (T,4) pixels, quantiser
 _SIZES = (192,144),(208,156),(224,168),(240,180) # width, height
 
@@ -39,7 +39,7 @@ def _bounce(start, n, length):
     at = np.arange(start, start+n)%max(1, 2*length-2)
     return np.minimum(at, 2*length-2-at) if length>1 else at*0
 
-# %% ../nbs/06d_miniatures.ipynb #d30b7234
+# %% ../nbs/06d_miniatures.ipynb #129c129b
 def film(
     who, # 'woman', 'man' or 'carphone'
     piece, # any words: which of the frames
@@ -55,7 +55,7 @@ def film(
     b = (boxes[at]-[x,y,x,y])*w/cw; out = np.clip(np.stack(cut)*light, 0, 255).astype(np.uint8)
     return Film(out[:,:,::-1], np.c_[w-b[:,2], b[:,1], w-b[:,0], b[:,3]], int(r.integers(-1, 2))) if flip else Film(out, b, int(r.integers(-1, 2)))
 
-# %% ../nbs/06d_miniatures.ipynb #acac1662
+# %% ../nbs/06d_miniatures.ipynb #7aa64d10
 def _oval(box, h, w):
     "`(h,w,1)` in [0,1]: 1 inside an ellipse in `box`, with a soft border"
     c,a = (box[:2]+box[2:])/2,(box[2:]-box[:2])/2
@@ -76,7 +76,7 @@ def marked(
         part[:] = (part+m*(soft-part)).clip(0, 255)
     return film._replace(frames=out)
 
-# %% ../nbs/06d_miniatures.ipynb #c8945eac
+# %% ../nbs/06d_miniatures.ipynb #557741fe
 def _voice(
     seconds, # how long
     words, # any: whose voice, and what is said
@@ -88,7 +88,7 @@ def _voice(
     beat = .3+.7*np.abs(np.sin(2*np.pi*r.uniform(2, 4)*t+r.uniform(.6, 2.4)))
     return (.2*hum*beat*(t>=silence)).astype(np.float32)
 
-# %% ../nbs/06d_miniatures.ipynb #c3a5eb71
+# %% ../nbs/06d_miniatures.ipynb #c3977f20
 _QP = dict(raw=12, c23=24, c40=36, as_is=24)
 
 class _Set:
@@ -102,7 +102,7 @@ class _Set:
     def text(self, path, words): p = self.root/path; p.parent.mkdir(parents=True, exist_ok=True); p.write_bytes(words.encode()); return p
     def json(self, path, obj): return self.text(path, json.dumps(obj, indent=1))
 
-# %% ../nbs/06d_miniatures.ipynb #acba5178
+# %% ../nbs/06d_miniatures.ipynb #b62ef11c
 MINIATURES = {}
 
 def _miniature(
@@ -119,7 +119,7 @@ def _miniature(
         MINIATURES[name] = make; return make
     return wrap
 
-# %% ../nbs/06d_miniatures.ipynb #a6e2ba73
+# %% ../nbs/06d_miniatures.ipynb #f46fbcfd
 def miniature(
     layout:str, # one of `MINIATURES`
     folder, # where its own folder is made
@@ -133,7 +133,7 @@ def miniature(
     if options.get('frames', 16)<1: raise DatasetError(f"{options['frames']} frames: a video has at least one")
     return MINIATURES[layout](folder, seed, **options)
 
-# %% ../nbs/06d_miniatures.ipynb #896727ba
+# %% ../nbs/06d_miniatures.ipynb #e7e469d7
 def tree(
     folder, # to list
     names:int=3, # shown of those that look alike
@@ -159,7 +159,7 @@ def _nested(names):
         d[last] = None
     return top
 
-# %% ../nbs/06d_miniatures.ipynb #1a6de326
+# %% ../nbs/06d_miniatures.ipynb #e00d242d
 def _kind(name, sub): return frozenset(_kind(*x) for x in sub.items()) if sub else Path(name).suffix
 
 def _branch(listing, depth, names, lines):
@@ -172,7 +172,7 @@ def _branch(listing, depth, names, lines):
         elif k==names+1: lines.append('  '*depth+f'... {total[kind]-names} more')
         if sub and (k<=names or total[kind]==names+1): _branch(sub, depth+1, names if k==1 else 1, lines)
 
-# %% ../nbs/06d_miniatures.ipynb #95bbaf5e
+# %% ../nbs/06d_miniatures.ipynb #2a8435d3
 FF_METHODS = ('Deepfakes','Face2Face','FaceSwap','NeuralTextures','FaceShifter')
 _PAIRS = dict(train=[('033','097'),('524','580'),('509','525')], val=[('720','672')], test=[('000','003')]) # 524 and 525 are one recording
 _LEAKING = dict(train=[('976','954'),('524','580'),('509','525')], val=[('720','672')], test=[('078','955')]) # so are 954 and 955
@@ -184,7 +184,7 @@ def _ff_film(s, i, part):
     "The film of an original of FaceForensics++"
     return s.film('woman' if i=='955' else _WHO[part], ('FaceForensics++',i), ('youtube',_TUBE[i][:11]))
 
-# %% ../nbs/06d_miniatures.ipynb #9dd3c4b6
+# %% ../nbs/06d_miniatures.ipynb #0635d236
 @_miniature('faceforensics', 'FaceForensics++')
 def _faceforensics(s,
     compressions=('c23',), # of 'raw', 'c23', 'c40'
@@ -207,7 +207,7 @@ def _faceforensics(s,
 def _each(s, folder, name, film, compressions):
     for c in compressions: s.video(f'{folder}/{c}/videos/{name}.mp4', film, c)
 
-# %% ../nbs/06d_miniatures.ipynb #8657777c
+# %% ../nbs/06d_miniatures.ipynb #19e09f3e
 _ACTORS = {'01':'woman', '02':'woman', '03':'man', '04':'man', '05':'carphone', '06':'carphone'}
 _SCENES = 'exit_phone_room','walking_outside_cafe_disgusted'
 _DFD = ('01','02',0,'YVGY8LOK'), ('02','01',0,'6KUOFMZW'), ('03','04',0,'T04P6ELC'), ('04','03',0,'480LQD1C'), ('05','06',0,'GBC7ZGDP'), ('06','05',0,'7VMQK5ZB'), ('01','03',1,'O9VDHWBC')
@@ -218,7 +218,7 @@ def _dfd(s, compressions):
     for (a,k),f in films.items(): _each(s, 'original_sequences/actors', f'{a}__{_SCENES[k]}', f, compressions)
     for t,o,k,tail in _DFD: _each(s, 'manipulated_sequences/DeepFakeDetection', f'{t}_{o}__{_SCENES[k]}__{tail}', marked(films[t,k], 'DeepFakeDetection', o), compressions)
 
-# %% ../nbs/06d_miniatures.ipynb #e2bbde3e
+# %% ../nbs/06d_miniatures.ipynb #7693356a
 _CELEBS = dict(id0='carphone', id1='carphone', id2='carphone', id3='carphone', id4='woman', id5='woman', id6='man', id7='man')
 _TUBES = {'00000':'woman', '00001':'man', '00170':'carphone'}
 
@@ -230,7 +230,7 @@ def _celebdf(s, films, swaps, tubes, tested):
     for n in swaps: t,o,k = n.split('_'); s.video(f'Celeb-synthesis/{n}.mp4', marked(made[f'{t}_{k}'], 'Celeb-DF', o))
     s.text('List_of_testing_videos.txt', ''.join(f"{int('real' in n)} {n}.mp4\n" for n in tested))
 
-# %% ../nbs/06d_miniatures.ipynb #c2505353
+# %% ../nbs/06d_miniatures.ipynb #738d3fc1
 @_miniature('celebdf_v1', 'Celeb-DF-v1')
 def _celebdf_v1(s):
     "Five real films of four people, two of strangers, four swaps"
@@ -244,7 +244,7 @@ def _celebdf_v2(s):
              'id0_id1_0000 id0_id1_0001 id1_id0_0000 id2_id3_0000 id3_id2_0000 id4_id5_0000 id5_id4_0000 id4_id0_0000 id6_id7_0000 id7_id6_0000'.split(), tuple(_TUBES),
              'YouTube-real/00170 Celeb-real/id0_0001 Celeb-real/id3_0000 Celeb-synthesis/id0_id1_0001 Celeb-synthesis/id3_id2_0000'.split())
 
-# %% ../nbs/06d_miniatures.ipynb #5b18aa2f
+# %% ../nbs/06d_miniatures.ipynb #56dedb86
 def _png(image): return cv2.imencode('.png', image[...,::-1] if image.ndim==3 else image, [cv2.IMWRITE_PNG_COMPRESSION, 3])[1].tobytes()
 
 def _crops(film, size, margin):
@@ -263,7 +263,7 @@ def _sequences(s, part, n):
         out |= {f'{n}/{kind}/{2*n+k}/{first+i+gap*(i>=len(f.frames)//2)}.png':_png(c) for i,c in enumerate(_crops(f, 224, 1.25))}
     return out
 
-# %% ../nbs/06d_miniatures.ipynb #2f3fa250
+# %% ../nbs/06d_miniatures.ipynb #ba42ae26
 def _tar_gz(path, files):
     "A `.tar.gz` of name -> bytes, with its folders, and without a date"
     folders = dict.fromkeys('/'.join(n.split('/')[:k]) for n in files for k in range(1, n.count('/')+1))
@@ -283,7 +283,7 @@ def _wilddeepfake(s,
         else:
             for name,b in files.items(): (p := s.root/part/name).parent.mkdir(parents=True, exist_ok=True); p.write_bytes(b)
 
-# %% ../nbs/06d_miniatures.ipynb #b23e658f
+# %% ../nbs/06d_miniatures.ipynb #4251c966
 def _letters(*words): return ''.join(chr(97+k) for k in _rng('name', *words).integers(0, 26, 10))+'.mp4'
 
 def _zip(path, folder, stored):
@@ -315,7 +315,7 @@ def _dfdc(s,
             _dfdc_part(_Set(home/f'dfdc_train_part_{n}', s.seed, s.frames), n)
             if zipped: _zip(s.root/f'{n:02d}.zip', home/f'dfdc_train_part_{n}', stored)
 
-# %% ../nbs/06d_miniatures.ipynb #90a7cfba
+# %% ../nbs/06d_miniatures.ipynb #6267d6bc
 _PREVIEW = {'1224068':'woman', '1246520':'woman', '1289420':'man', '643049':'carphone', '1260311':'carphone'} # id -> who plays
 
 @_miniature('dfdc_preview', 'dfdc_preview_set')
@@ -331,7 +331,7 @@ def _dfdc_preview(s):
     for path,(f,_) in rows.items(): s.video(path, f, voice=path.rsplit('_', 3)[-3])
     s.json('dataset.json', {p:d for p,(_,d) in rows.items()})
 
-# %% ../nbs/06d_miniatures.ipynb #325c3164
+# %% ../nbs/06d_miniatures.ipynb #404f0076
 @_miniature('dfdc_test', 'DFDC-test')
 def _dfdc_test(s):
     "Three reals and three fakes, and a table of names and labels"
@@ -341,7 +341,7 @@ def _dfdc_test(s):
         for label in (0, 1): name = _letters('test', k, label); s.video(f'test/{name}', marked(f, 'DFDC') if label else f, voice=('test',k)); rows.append((name, label))
     s.text('labels.csv', 'filename,label\n'+''.join(f'{n},{l}\n' for n,l in sorted(rows)))
 
-# %% ../nbs/06d_miniatures.ipynb #f22dbb78
+# %% ../nbs/06d_miniatures.ipynb #c574cff4
 _STARS = {'id00076':('African','men','00109','man'), 'id00166':('African','men','00010','man'), 'id04789':('Asian (East)','men','00021','carphone'),
           'id03940':('Asian (East)','women','00025','woman'), 'id02071':('African','women','00195','woman'), 'id00088':('Caucasian (American)','men','00005','carphone')}
 _AV = (('B','RealVideo-FakeAudio','rtvc','{n}_fake.mp4'), ('C','FakeVideo-RealAudio','faceswap','{n}_{o}_{k}.mp4'), ('D','FakeVideo-FakeAudio','wav2lip','{n}_0_{o}_wavtolip.mp4'))
@@ -358,7 +358,7 @@ def _fakeavceleb(s):
             rows.append(','.join([i, o if cat in 'CD' else '-', '-', method, cat, kind, race, gender, name, f'FakeAVCeleb/{kind}/{race}/{gender}/{i}']))
     s.text('meta_data.csv', '\n'.join(['source,target1,target2,method,category,type,race,gender,path,', *sorted(rows, key=lambda r: r.split(',')[4])])+'\n')
 
-# %% ../nbs/06d_miniatures.ipynb #588b30cc
+# %% ../nbs/06d_miniatures.ipynb #85df44fa
 _ACTED = {'M101':'man', 'W006':'woman', 'M004':'carphone'}
 _DEEPER = [('033','M101','train'),('097','W006','train'),('720','W006','val'),('000','M004','test'),('003','M101','test')]
 
@@ -373,7 +373,7 @@ def _deeperforensics(s,
     for a,who in _ACTED.items(): s.video(f'source_videos/{a}/light_down/contempt/camera_front/{a}_light_down_contempt_camera_front.mp4', s.film(who, ('DeeperForensics',a)))
     for part in _WHO: s.text(f'lists/splits/{part}.txt', ''.join(f'{t}_{a}.mp4\n' for t,a,p in _DEEPER if p==part))
 
-# %% ../nbs/06d_miniatures.ipynb #a4431c4e
+# %% ../nbs/06d_miniatures.ipynb #d8fd2a87
 @_miniature('folder', 'films')
 def _folder(s):
     "Three people, two real films and a fake each, and something that is no film"
@@ -382,7 +382,7 @@ def _folder(s):
         s.video(f'fake/{person}/2.mp4', marked(f, 'folder'))
     s.text('notes.txt', 'real/ and fake/ hold a folder a person\n')
 
-# %% ../nbs/06d_miniatures.ipynb #b604a5e8
+# %% ../nbs/06d_miniatures.ipynb #df03e1b0
 _LAID = 'datasets/rgb' # where the frames lie
 _EVEN,_ALL = (0, 13, 27, 41, 55, 69, 83),tuple(range(8)) # numbers of the pictures: spread evenly over a film, or one after the other
 
@@ -398,7 +398,7 @@ def _laid(s, path, film, numbers, lead='', masks=None):
         row['masks'] = put(masks, _crops(some._replace(frames=np.stack(ovals)), 128, 1.4))
     return row
 
-# %% ../nbs/06d_miniatures.ipynb #f2468956
+# %% ../nbs/06d_miniatures.ipynb #666b8a9b
 def _table(s, name, rows):
     "rows of (label, splits, compression or '', video, what is said of it) as a JSON of DeepfakeBench"
     top = {}
@@ -410,7 +410,7 @@ def _table(s, name, rows):
     s.json(f'preprocessing/dataset_json/{name}.json', {name:top})
     return top
 
-# %% ../nbs/06d_miniatures.ipynb #217cdfd5
+# %% ../nbs/06d_miniatures.ipynb #bc209240
 _BENCHED = dict(train=('033','097'), val=('720','672'), test=('000','003'))
 _SHORT = {'FF-DF':'Deepfakes', 'FF-F2F':'Face2Face', 'FF-FS':'FaceSwap', 'FF-NT':'NeuralTextures'}
 
@@ -425,7 +425,7 @@ def _bench_ff(s):
                 rows.append((short, part, 'c23', f'{a}_{b}', _laid(s, f'{d}/frames/{a}_{b}', marked(f, m, b), _EVEN, masks=f'{d}/masks/{a}_{b}')))
     _table(s, base, rows); _table(s, 'FF-DF', [r for r in rows if r[0] in ('FF-real','FF-DF')])
 
-# %% ../nbs/06d_miniatures.ipynb #8ff25444
+# %% ../nbs/06d_miniatures.ipynb #222cb163
 def _bench_dfd(s):
     "DeepFakeDetection.json: train, val and test are the same"
     base,rows = 'FaceForensics++',[]
@@ -436,7 +436,7 @@ def _bench_dfd(s):
                  ('DFD_fake', 'train val test', 'c23', fake, _laid(s, f'{d}/frames/{fake}', marked(f, 'DeepFakeDetection', o), _EVEN, masks=f'{d}/masks/{fake}'))]
     _table(s, 'DeepFakeDetection', rows)
 
-# %% ../nbs/06d_miniatures.ipynb #e1f316dd
+# %% ../nbs/06d_miniatures.ipynb #8210767d
 def _bench_celebdf(s):
     "Celeb-DF-v2.json: the training part has all but Celeb-real, the test's videos too; val is the test"
     base,rows,lead = 'Celeb-DF-v2',[],'./datasets\\rgb\\'
@@ -450,7 +450,7 @@ def _bench_celebdf(s):
     s.text(f'{_LAID}/{base}/List_of_testing_videos.txt', '1 YouTube-real/00170.mp4\n1 Celeb-real/id0_0001.mp4\n0 Celeb-synthesis/id0_id1_0001.mp4\n')
     _table(s, base, rows)
 
-# %% ../nbs/06d_miniatures.ipynb #9672c436
+# %% ../nbs/06d_miniatures.ipynb #6a7916a5
 def _bench_dfdc(s):
     "DFDC.json: val is train with the fields of one test video among the videos, and for the reals nothing but these"
     rows,lead = [],'./datasets\\rgb\\'
@@ -463,7 +463,7 @@ def _bench_dfdc(s):
     for label,parts in top.items(): last = list(parts['test'].values())[-1]; parts['val'] = ({} if label=='DFDC_Real' else parts['val'])|last
     s.json('preprocessing/dataset_json/DFDC.json', dict(DFDC=top))
 
-# %% ../nbs/06d_miniatures.ipynb #ae63a4a9
+# %% ../nbs/06d_miniatures.ipynb #9644fb31
 def _bench_dfdcp(s):
     "DFDCP.json: val is the test; the pictures are numbered one after the other"
     rows = []

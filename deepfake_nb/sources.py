@@ -7,9 +7,9 @@ __all__ = ['Member', 'ARCHIVES', 'BORDER', 'PICTURES', 'ArchiveError', 'Limits',
            'open_file', 'list_archive', 'open_member', 'read_member', 'Stills', 'Film', 'open_film', 'probe']
 
 # %% ../nbs/06b_sources.ipynb #b1617a1a
-import cv2,fsspec,hashlib,lzma,os,re,shutil,struct,tarfile,zipfile,zlib,numpy as np
+import cv2,fsspec,hashlib,lzma,os,re,struct,sys,tarfile,zipfile,zlib,numpy as np
 from collections import Counter,OrderedDict,namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass,field,replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ class Limits:
     ratio:float=200. # bytes that come out for each that went in, where it is more than a megabyte
     memory:int=64<<20 # bytes of one held in memory; beyond it goes to a temporary file without a name
 
+# %% ../nbs/06b_sources.ipynb #5a0cf8f5
 Member = namedtuple('Member', 'name size')
 Member.__doc__ = "A file in an archive: its name, which is no path, and its bytes unpacked"
 
@@ -48,13 +49,19 @@ def is_url(path): return isinstance(path, str) and '://' in path
 # all that reading a damaged archive, here or over a network, was seen to raise
 _BROKEN = (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError, OSError, OverflowError, RuntimeError, UnicodeDecodeError, ValueError, KeyError, struct.error, zlib.error, lzma.LZMAError)
 
+def _broken():
+    "The same, and what the clients of https:// and s3:// raise, where they are loaded"
+    return _BROKEN+tuple(getattr(sys.modules[m], n) for m,n in (('aiohttp','ClientError'), ('botocore.exceptions','BotoCoreError')) if m in sys.modules)
+
 def open_file(
     path, # a local path, or an address that fsspec knows: s3://, https://, ...
 ):
     "A seekable binary file"
     if not is_url(path): return open(path, 'rb')
-    return fsspec.open(path, 'rb', block_size=1<<20).open()
+    fs,inner = fsspec.core.url_to_fs(path)
+    return fs.open(inner, 'rb', block_size=1<<20)
 
+# %% ../nbs/06b_sources.ipynb #418366f2
 def _why_not(name, size, packed, seen, limits):
     "Why this member is left out; '' if it is not"
     parts = re.split(r'[/\\]', name)
@@ -77,6 +84,7 @@ def _tar_members(t):
     for i in t:
         if not i.isdir(): yield i.name,i.size,None,'' if i.isfile() else 'a link or a device'
 
+# %% ../nbs/06b_sources.ipynb #5498e79a
 def list_archive(
     path, # of a zip or a tar, or its address
     limits:Limits=Limits(), # what we are willing to read
@@ -90,7 +98,7 @@ def list_archive(
                 if n>limits.members or total>limits.total: raise ArchiveError(f'{path}: more than {limits.members} files or {limits.total} bytes in it. Raise Limits if you trust it')
                 if why := odd or _why_not(name, size, packed, seen, limits): out.skipped.append(Skipped(name, why))
                 else: out.members.append(Member(name, size)); seen.add(name)
-    except _BROKEN as e: raise ArchiveError(f'{path}: not a whole archive ({type(e).__name__}: {e}). Fetch it again and compare its sha256 with the publisher\'s') from e
+    except _broken() as e: raise ArchiveError(f'{path}: not a whole archive ({type(e).__name__}: {e}). Fetch it again and compare its sha256 with the publisher\'s') from e
     return out
 
 # %% ../nbs/06b_sources.ipynb #fb1fdd36
@@ -102,7 +110,7 @@ def _zip(path):
     if key in _zips: _zips.move_to_end(key); return _zips[key]
     f = open_file(path)
     try: z = zipfile.ZipFile(f)
-    except _BROKEN: f.close(); raise
+    except _broken(): f.close(); raise
     names = {}
     for i in z.infolist(): names.setdefault(i.filename, i)
     _zips[key] = z,names
@@ -111,6 +119,7 @@ def _zip(path):
         if pid==os.getpid(): old.close()
     return _zips[key]
 
+# %% ../nbs/06b_sources.ipynb #7e0a16c6
 def _copy(src, dst, name, most):
     "All of `src` into `dst`; its sha256"
     h,left = hashlib.sha256(),most
@@ -136,9 +145,10 @@ def open_member(
             z,names = _zip(path)
             if name not in names: raise VideoError(called, 'the archive holds no member of this name', 'list it again')
             with z.open(names[name]) as f: digest = _copy(f, out, called, min(limits.bytes, names[name].file_size))
-        except _BROKEN as e: raise VideoError(called, f'damaged in its archive ({type(e).__name__}: {e})', 'fetch the archive again') from e
+        except _broken() as e: raise VideoError(called, f'damaged in its archive ({type(e).__name__}: {e})', 'fetch the archive again') from e
         yield out,digest
 
+# %% ../nbs/06b_sources.ipynb #e9bdffe1
 def read_member(
     path, # of a zip, or its address
     name:str, # of a file in it
@@ -157,6 +167,7 @@ def _number(name):
     found = re.findall(r'\d+', name.rsplit('/', 1)[-1].rsplit('.', 1)[0])
     return int(found[-1]) if found else None
 
+# %% ../nbs/06b_sources.ipynb #e8ab60fa
 class Stills:
     "Numbered pictures, as if they were a film: frames with a border, in order of their numbers, at a nominal rate"
     rate,has_sound,width,height,wanted = 25.,False,None,None,None
@@ -179,6 +190,7 @@ def _bordered(image):
     p = round(BORDER*max(image.shape[:2]))
     return cv2.copyMakeBorder(image, p, p, p, p, cv2.BORDER_REPLICATE)
 
+# %% ../nbs/06b_sources.ipynb #3c94cc89
 def _stills(self):
     "Each picture that can be read, with its number (its place, if they are spread) and its nominal time"
     self.lost,self.reasons = 0,Counter(); first,kept = self.pictures[0][0],0
@@ -208,6 +220,7 @@ class Film:
     @property
     def has_sound(self)->bool: return self.frames.has_sound
 
+# %% ../nbs/06b_sources.ipynb #8c2cd9b7
 def _tar_pictures(path, folder, limits, called):
     "The pictures of one folder in a tar, in one pass"
     got,total = {},0
@@ -218,7 +231,7 @@ def _tar_pictures(path, folder, limits, called):
                 total += i.size
                 if total>limits.bytes: raise VideoError(called, f'more than {limits.bytes} bytes of pictures', 'raise Limits.bytes if you trust it')
                 got[i.name] = t.extractfile(i).read()
-    except _BROKEN as e: raise VideoError(called, f'damaged in its archive ({type(e).__name__}: {e})', 'fetch the archive again') from e
+    except _broken() as e: raise VideoError(called, f'damaged in its archive ({type(e).__name__}: {e})', 'fetch the archive again') from e
     return got
 
 # %% ../nbs/06b_sources.ipynb #b41193b8
@@ -236,26 +249,33 @@ def _sum(stills):
     for _,p in stills.pictures: h.update(hashlib.sha256(stills.read(p)).digest()+p.rsplit('/', 1)[-1].encode())
     return h.hexdigest()
 
+# %% ../nbs/06b_sources.ipynb #1a9f3963
 @contextmanager
 def open_film(
     v, # a `Video`
     limits:Limits=Limits(), # what we are willing to read
 ): # a `Film`
     "The video of a row, from wherever it lies; a `VideoError` if it cannot be read"
-    try:
-        if v.kind=='frames':
-            s = Stills(_pictures(v, limits), v.key)
-            yield Film(lambda: s, _sum(s), lambda: np.zeros(0, np.float32)); return
-        with open_member(v.path, v.member, limits, v.key) if v.member else _plain_file(v.path, v.key, limits) as (f,digest):
-            yield Film(lambda: VideoFile(f, name=v.key), digest, lambda: read_sound(f, name=v.key))
-    except OSError as e: raise VideoError(v.key, f'cannot be opened ({e.strerror or e})', 'check the path and the permissions') from e
+    if v.kind=='frames':
+        try: s = Stills(_pictures(v, limits), v.key); digest = _sum(s)
+        except OSError as e: raise _closed(v, e) from e
+        yield Film(lambda: s, digest, lambda: np.zeros(0, np.float32)); return
+    with open_member(v.path, v.member, limits, v.key) if v.member else _plain_file(v, limits) as (f,digest):
+        yield Film(lambda: VideoFile(f, name=v.key), digest, lambda: read_sound(f, name=v.key))
+
+# %% ../nbs/06b_sources.ipynb #97dac3c3
+def _closed(v, e): return VideoError(v.key, f'cannot be opened ({getattr(e, "strerror", None) or e})', 'check the path and the permissions')
 
 @contextmanager
-def _plain_file(path, called, limits):
-    if is_url(path):
-        with SpooledTemporaryFile(limits.memory) as out, open_file(path) as f: digest = _copy(f, out, called, limits.bytes); yield out,digest
-        return
-    with open(path, 'rb') as f: digest = hashlib.file_digest(f, 'sha256').hexdigest(); f.seek(0); yield f,digest
+def _plain_file(v, limits):
+    with SpooledTemporaryFile(limits.memory) as out:
+        try:
+            f = open_file(v.path)
+            with f if is_url(v.path) else nullcontext(): digest = _copy(f, out, v.key, limits.bytes) if is_url(v.path) else hashlib.file_digest(f, 'sha256').hexdigest()
+        except _broken() as e: raise _closed(v, e) from e
+        if is_url(v.path): yield out,digest
+        else:
+            with f: f.seek(0); yield f,digest
 
 # %% ../nbs/06b_sources.ipynb #00cdd7c9
 def probe(

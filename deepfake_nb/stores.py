@@ -7,7 +7,7 @@ __all__ = ['Row', 'Settings', 'shard_name', 'store_video', 'lead_silence', 'Repo
            'coverage_table', 'worst_cases']
 
 # %% ../nbs/07_stores.ipynb #a3429c1b
-import multiprocessing,json,math,numpy as np,re
+import json,math,multiprocessing,numpy as np,os,re,threading
 from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -62,6 +62,7 @@ class Settings:
     boxes:str='original' # a fake is cut like its original where the two are aligned; 'own': as if it stood alone; 'both': like the original, and compared
     version:int=2 # raised when this chapter, 4 or 5 changes what a shard holds
 
+# %% ../nbs/07_stores.ipynb #42c79883
 def shard_name(
     key:str, # of the video
     settings:Settings, # how it is cut
@@ -140,9 +141,10 @@ def store_video(
                 except StoreError: path.unlink()
             if settings.boxes!='own' and v.original and not like: row.boxes = 'no face was found in the original' if original else 'the original is not there'
             _fill(path, v, settings, film, row, like)
-    except (VideoError,DatasetError) as e: return Row(v.key, v.group, v.label, sha256=digest, error=getattr(e, 'reason', str(e)))
+    except (VideoError,DatasetError,StoreError) as e: return Row(v.key, v.group, v.label, sha256=digest, error=getattr(e, 'reason', str(e)))
     return row
 
+# %% ../nbs/07_stores.ipynb #d4ef67aa
 def _from_json(d): return Row(**d|dict(size=tuple(d['size'])))
 
 # %% ../nbs/07_stores.ipynb #56cc9641
@@ -252,11 +254,15 @@ def table(self:Report): # a DataFrame
     return t.set_index('key')
 
 # %% ../nbs/07_stores.ipynb #8c8f00f3
+def _die_with_parent():
+    "Workers that wait for work do not notice that nobody is left to give them any"
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
 @contextmanager
 def _mapper(workers):
     "`map`, here or in `workers` processes; what has not begun when an error comes is dropped"
     if not workers: yield map; return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('forkserver'))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('forkserver'), initializer=_die_with_parent)
     try: yield pool.map
     finally: pool.shutdown(cancel_futures=True)
 
@@ -314,6 +320,7 @@ def coverage_table(
     t = t.groupby(list(by)).sum(); t['coverage %'] = (100*t.tracked/t.frames.clip(1)).round(1)
     return t
 
+# %% ../nbs/07_stores.ipynb #a2dd1d68
 def worst_cases(
     report:Report, # of a store
     videos, # its manifest
