@@ -7,7 +7,7 @@ __all__ = ['ABOUT', 'LAYOUTS', 'MissingList', 'faceforensics', 'celebdf', 'dfdc'
            'dfdc_preview', 'dfdc_test', 'deeperforensics', 'About', 'Layout', 'read_dataset', 'Diagnosis', 'check',
            'main']
 
-# %% ../nbs/06e_datasets.ipynb #b0ad985a
+# %% ../nbs/06e_datasets.ipynb #9c6cf035
 import argparse,csv,hashlib,io,json,os,re,sys,time
 from collections import Counter,defaultdict,namedtuple
 from dataclasses import dataclass,field,replace
@@ -21,7 +21,7 @@ from .manifest import DatasetError,Manifest,SUFFIXES,Skipped,Video,csv_manifest,
 from .sources import PICTURES,is_archive,is_url,is_zip,list_archive,open_film,probe,read_member
 from .leakage import KINDS,LeakError,audit
 
-# %% ../nbs/06e_datasets.ipynb #657b5ae0
+# %% ../nbs/06e_datasets.ipynb #6937caca
 _MOST = 1<<28 # bytes of a list or table
 _MISSING = 'listed, but not there'
 
@@ -41,7 +41,7 @@ class _Object(dict):
         self.twice = [k for k,n in Counter(k for k,_ in pairs).items() if n>1]
         super().__init__(reversed(pairs) if self.twice else pairs)
 
-# %% ../nbs/06e_datasets.ipynb #544ae038
+# %% ../nbs/06e_datasets.ipynb #372f25e0
 def _json(name, data, kind=dict):
     "What a JSON file says, if it is of the right kind"
     try: d = json.loads(data, object_pairs_hook=_Object)
@@ -56,15 +56,17 @@ def _table(path, *columns):
     if lacking := set(columns)-set(rows[0] if rows else ()): raise DatasetError(f"{path}: no column {', '.join(sorted(lacking))}")
     return [{k:v.strip() for k,v in r.items() if isinstance(k, str) and isinstance(v, str)} for r in rows]
 
-# %% ../nbs/06e_datasets.ipynb #42204aa7
+# %% ../nbs/06e_datasets.ipynb #d37c4831
 def _folder(path):
     "An existing folder"
     path = Path(path).expanduser()
     if not path.is_dir(): raise DatasetError(f'{path}: no such folder')
     return path
 
+# %% ../nbs/06e_datasets.ipynb #92eb041b
 def _is_film(name): return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith('.')
 
+# %% ../nbs/06e_datasets.ipynb #a6fb3bef
 def _here(folder):
     "Names of the files and of the folders in a folder"
     try:
@@ -72,8 +74,10 @@ def _here(folder):
     except OSError as e: _cannot(e)
     return [e.name for e in es if not e.is_dir()],[e.name for e in es if e.is_dir()]
 
+# %% ../nbs/06e_datasets.ipynb #d8dbee2f
 def _cannot(e): raise DatasetError(f'{e.filename}: cannot be looked into ({e.strerror}). Check the permissions') from e
 
+# %% ../nbs/06e_datasets.ipynb #a895281d
 def _walk(top):
     "Every folder below `top` with the names of its files, hidden ones aside; links are followed once"
     seen = set()
@@ -82,12 +86,13 @@ def _walk(top):
         seen.add(real); dirs[:] = sorted(d for d in dirs if not d.startswith('.'))
         yield Path(at),sorted(files)
 
-# %% ../nbs/06e_datasets.ipynb #72b3382c
+# %% ../nbs/06e_datasets.ipynb #a45dcf76
 def _some(names, n=3):
     "A few of many names, in words"
     names = [str(x)[:80] for x in names]
     return ', '.join(names[:n])+(f' and {len(names)-n} more' if len(names)>n else '')
 
+# %% ../nbs/06e_datasets.ipynb #fbe75199
 def _finish(rows, skipped, warnings, where):
     "The manifest, if there is anything in it; a key counts once"
     kept = {}
@@ -97,6 +102,7 @@ def _finish(rows, skipped, warnings, where):
     if not kept: raise DatasetError(f"{where}: no usable video. Reasons: {_some(f'{r} ({n})' for r,n in Counter(r for _,r in skipped).most_common()) or 'there is none'}")
     return Manifest(kept.values(), skipped, warnings)
 
+# %% ../nbs/06e_datasets.ipynb #97a657f3
 def _remarks(m):
     "Say how many fakes came without the film they were made from, and which part of a split has one class only"
     keys = {v.key for v in m}
@@ -108,6 +114,7 @@ def _remarks(m):
         if len(set().union(*of.values()))>1: m.warnings += [f"{d}: no {('real','fake')[1-min(ls)]} video in {s}" for s,ls in sorted(of.items()) if s and len(ls)<2]
     return m
 
+# %% ../nbs/06e_datasets.ipynb #a4b0bf04
 def _shared(m, remedy):
     "Say which people are in several parts of a split that somebody else made"
     sides = defaultdict(set)
@@ -116,7 +123,7 @@ def _shared(m, remedy):
     if both := sorted(p for p,s in sides.items() if len(s-{''})>1): m.warnings.append(f"{len(both)} people or recordings are in more than one part of the publisher's split: {_some(both)}. {remedy}")
     return m
 
-# %% ../nbs/06e_datasets.ipynb #e2dba155
+# %% ../nbs/06e_datasets.ipynb #9b5355e3
 _Grammar = namedtuple('_Grammar', 'space real fake original')
 _GRAMMAR = {'FaceForensics++': _Grammar('FaceForensics++', r'(?P<t>\d{3})', r'(?P<t>\d{3})_(?P<s>\d{3})', '{t}'),
             'DeepFakeDetection': _Grammar('DeepFakeDetection', r'(?P<t>\d\d)__[\w -]+', r'(?P<t>\d\d)_(?P<s>\d\d)__(?P<n>[\w -]+)__\w{8}', '{t}__{n}'),
@@ -133,12 +140,13 @@ def _told(dataset, compression, name, label):
     original = f'{dataset}/real/{compression}/{g.original.format(**m.groupdict())}' if label and g.original else ''
     return dict(target=who('t'), source=who('s'), original=original) if label else dict(actor=who('t'))
 
-# %% ../nbs/06e_datasets.ipynb #f3bbe01f
+# %% ../nbs/06e_datasets.ipynb #40bbcaad
 def _fewest(m, parts):
     "Videos in the smallest class of any part"
     n = Counter((v.split, v.label) for v in m)
     return min(n[s,l] for s in parts for l in {v.label for v in m})
 
+# %% ../nbs/06e_datasets.ipynb #2a896f00
 def _people_split(m, seed, parts=dict(train=.7, val=.15, test=.15)):
     "Split by people, so that the smallest class of any part is large; with too few people it is said, and left open"
     m = join_groups(m)
@@ -146,10 +154,12 @@ def _people_split(m, seed, parts=dict(train=.7, val=.15, test=.15)):
     ways = [split_people(m, parts, f'{seed}/{k}', 20) for k in range(10)]
     return max(ways, key=lambda w: (_fewest(w, parts), len(w)))
 
+# %% ../nbs/06e_datasets.ipynb #16a6f6c5
 def _apart(m):
     "Groups of what is learnt from, and groups of the test"
     return m.like([*join_groups([v for v in m if v.split!='test']), *join_groups([v for v in m if v.split=='test'])])
 
+# %% ../nbs/06e_datasets.ipynb #8c80baad
 def _carve(m, share, seed):
     "A validation part out of train, by people; those without a name are dealt apart, or it could be made of them alone"
     kept,out = [],Manifest([], m.skipped, m.warnings)
@@ -159,13 +169,14 @@ def _carve(m, share, seed):
         kept += part; out.skipped += part.skipped; out.warnings += part.warnings
     return _apart(out.like([*kept, *(v for v in m if v.split!='train')]))
 
-# %% ../nbs/06e_datasets.ipynb #bbf26383
+# %% ../nbs/06e_datasets.ipynb #12acb580
 _PARTS = ('test','val','train') # who is asked first, if a film is in several
 _COMPRESSIONS = {'raw':'raw', 'c0':'raw', 'c23':'c23', 'c40':'c40'} # folder -> its name here
 _FORGED = ('Deepfakes','Face2Face','FaceSwap','NeuralTextures','FaceShifter','DeepFakeDetection')
 _PLACES = {'original_sequences/youtube':('FaceForensics++','real'), 'original_sequences/actors':('DeepFakeDetection','real')} | {
     f'manipulated_sequences/{m}':('DeepFakeDetection' if m=='DeepFakeDetection' else 'FaceForensics++', m) for m in _FORGED}
 
+# %% ../nbs/06e_datasets.ipynb #24d2fc54
 def _ff_folders(root, skipped):
     "Folders of videos, with dataset, method and compression"
     for top in ('original_sequences','manipulated_sequences'):
@@ -178,7 +189,7 @@ def _ff_folders(root, skipped):
                 elif not (root/at/'videos').is_dir(): skipped.append((at, 'no videos/ in it'))
                 else: yield root/at/'videos',*known,_COMPRESSIONS[c]
 
-# %% ../nbs/06e_datasets.ipynb #8067ddc5
+# %% ../nbs/06e_datasets.ipynb #2b1a932f
 def _ff_rows(root, compressions, methods, skipped):
     "One row a video, without split"
     places = list(_ff_folders(root, skipped))
@@ -192,11 +203,12 @@ def _ff_rows(root, compressions, methods, skipped):
             if told: yield Video(dataset, method, c, Path(n).stem, folder/n, '', int(method!='real'), **told)
             else: skipped.append((f'{folder.relative_to(root)}/{n}', 'no name of this set' if _is_film(n) else 'not a video'))
 
-# %% ../nbs/06e_datasets.ipynb #b493e6ea
+# %% ../nbs/06e_datasets.ipynb #b5ec5b97
 def _first(root, name):
     "A file of the publisher, wherever people put it"
     return next((p for p in (root/name, root/'splits'/name, root/'dataset'/name, root/'dataset'/'splits'/name) if p.is_file()), None)
 
+# %% ../nbs/06e_datasets.ipynb #1d76cf5c
 def _pairs(path):
     "Pairs of sequence names"
     pairs = _json(path, _read(path), list)
@@ -204,6 +216,7 @@ def _pairs(path):
         if not (isinstance(p, list) and len(p)==2 and all(isinstance(x, str) for x in p)): raise DatasetError(f'{path}: {str(p)[:80]} is no pair of sequences like ["071","054"]. Take it anew from the publisher')
     return pairs
 
+# %% ../nbs/06e_datasets.ipynb #2c9e5211
 def _ff_lists(root):
     "Name -> part, of the sequences and of both fakes of each pair"
     files = {s:_first(root, f'{s}.json') for s in _PARTS}
@@ -213,7 +226,7 @@ def _ff_lists(root):
     if twice := of['train']&of['val'] | of['train']&of['test'] | of['val']&of['test']: raise DatasetError(f'{root}: {_some(sorted(twice))} in more than one of the three lists. Take them anew from the publisher')
     return {n:s for s,ns in of.items() for n in ns}
 
-# %% ../nbs/06e_datasets.ipynb #f0bebaac
+# %% ../nbs/06e_datasets.ipynb #4570f279
 def _ff_split(m, of):
     "Each video to the part that lists it; what is listed must be there"
     for place in sorted({(v.method, v.compression) for v in m}):
@@ -229,7 +242,7 @@ def _recorded(m, root):
     films = {f'FaceForensics++:{k}':f"youtube:{x.split(' ')[0]}" for k,x in _json(p, _read(p)).items() if isinstance(x, str)}
     return m.like(replace(v, recording=films.get(v.target or v.actor, '')) for v in m)
 
-# %% ../nbs/06e_datasets.ipynb #1b97dece
+# %% ../nbs/06e_datasets.ipynb #804e3a10
 def faceforensics(
     root, # holds original_sequences/ and manipulated_sequences/
     compressions=None, # of 'raw','c23','c40'; None for all that are there
@@ -248,15 +261,17 @@ def faceforensics(
     dfd = join_groups(dfd) if splits=='none' else _people_split(dfd, seed) if dfd else dfd
     return _remarks(_finish([*ff, *dfd], both.skipped+ff.skipped+dfd.skipped, ff.warnings+dfd.warnings, root))
 
-# %% ../nbs/06e_datasets.ipynb #3a733eb2
+# %% ../nbs/06e_datasets.ipynb #c9e55e2e
 _CELEB = {'Celeb-real':('real',0), 'YouTube-real':('real',0), 'Celeb-synthesis':('Celeb-synthesis',1)}
 
+# %% ../nbs/06e_datasets.ipynb #c6029800
 def _version(root, version):
     "1 or 2"
     v = str(version or '').lower().lstrip('v') or (re.findall(r'v([12])\b', Path(root).expanduser().resolve().name.lower().replace('_','-')) or [''])[-1]
     if v not in ('1','2'): raise DatasetError(f"{root}: Celeb-DF of which version? Say version=1 or version=2 (layout='celebdf_v1', 'celebdf_v2'): the files do not tell")
     return f'Celeb-DF-v{v}'
 
+# %% ../nbs/06e_datasets.ipynb #f3ed9c88
 def _celeb_rows(root, dataset, skipped, warnings):
     "One row a video; people arrange these folders in more than one way"
     for sub in _here(root)[1]:
@@ -270,7 +285,7 @@ def _celeb_rows(root, dataset, skipped, warnings):
             if told is not None: yield f'{name}/{n}',Video(dataset, method, 'as_is', Path(n).stem, at/n, '', label, **told)
             else: skipped.append((f'{sub}/{n}', 'no name of this set' if _is_film(n) else 'not a video'))
 
-# %% ../nbs/06e_datasets.ipynb #5e8c9ac8
+# %% ../nbs/06e_datasets.ipynb #e91a3a6f
 def _celeb_test(root):
     "Which files are held out: in this list 1 is real and 0 is fake, it is turned here and nowhere else"
     path,names = root/'List_of_testing_videos.txt',set()
@@ -284,7 +299,7 @@ def _celeb_test(root):
         names.add(f'{folder}/{m[3]}')
     return names
 
-# %% ../nbs/06e_datasets.ipynb #e618d95d
+# %% ../nbs/06e_datasets.ipynb #60be8967
 def celebdf(
     root, # holds Celeb-real/, YouTube-real/, Celeb-synthesis/ and List_of_testing_videos.txt
     version=None, # 1 or 2; None asks the folder's name
@@ -303,16 +318,19 @@ def celebdf(
     m = _finish([replace(v, split='test' if n in test else 'train') for n,v in rows.items()], skipped, warnings, root)
     return _remarks(_shared(_carve(m, val, seed), "A test of strangers needs splits='people', or a model that saw no Celeb-DF at all"))
 
-# %% ../nbs/06e_datasets.ipynb #c7857edc
+# %% ../nbs/06e_datasets.ipynb #4307c1f4
 _Part = namedtuple('_Part', 'name files read') # files: name -> (path, member); read: () -> bytes of metadata.json, or None
 
+# %% ../nbs/06e_datasets.ipynb #4eba3306
 def _number(part):
     "`dfdc_train_part_07`, `07` and `7` are one part"
     m = re.fullmatch(r'(?:dfdc_train_part_)?(\d+)', str(part), re.A)
     return str(int(m[1])) if m else str(part)
 
+# %% ../nbs/06e_datasets.ipynb #a54ee1ca
 def _stem(path): return re.sub(r'\.(zip|tar|tar\.gz|tgz)$', '', str(path).rstrip('/').replace('\\','/').split('/')[-1], flags=re.I)
 
+# %% ../nbs/06e_datasets.ipynb #9be68266
 def _packed(path, skipped):
     "The parts in an archive, which may be a URL"
     if not is_zip(path): raise DatasetError(f'{path}: of the archives only a zip can be read at any place. Unpack it')
@@ -324,7 +342,7 @@ def _packed(path, skipped):
         meta = ns.pop('metadata.json', None)
         yield _Part(_stem(path) if len(some)==1 else f.split('/')[-1], ns, meta and (lambda m=meta: read_member(*m)))
 
-# %% ../nbs/06e_datasets.ipynb #def45ada
+# %% ../nbs/06e_datasets.ipynb #ee574cbc
 def _parts(path, skipped):
     "All parts: a folder, an archive, or a folder of either"
     if is_url(path) or is_archive(path): yield from _packed(path, skipped); return
@@ -338,7 +356,7 @@ def _parts(path, skipped):
         try: yield from _packed(a, skipped)
         except DatasetError as e: skipped.append((a.name, str(e)[:200]))
 
-# %% ../nbs/06e_datasets.ipynb #efb5d574
+# %% ../nbs/06e_datasets.ipynb #316d749c
 def _dfdc_row(part, n, d):
     "A row, or the reason why not"
     if not isinstance(d, dict): return f'its entry is a {type(d).__name__}'
@@ -350,6 +368,7 @@ def _dfdc_row(part, n, d):
     (path,member),group = part.files[n],f'DFDC/real/as_is/{part.name}/{of}'
     return Video('DFDC', ('real','fake')[label], 'as_is', f'{part.name}/{n}', path, group, label, 'train', member, original=group if label else '', chunk=part.name)
 
+# %% ../nbs/06e_datasets.ipynb #66cfe8aa
 def _dfdc_part(part, skipped):
     "The rows of one part"
     def out(n, why): skipped.append((f'{part.name}/{n}', why))
@@ -363,13 +382,15 @@ def _dfdc_part(part, skipped):
         if isinstance(v, Video): yield v
         else: out(n, v)
 
-# %% ../nbs/06e_datasets.ipynb #aa2884bf
+# %% ../nbs/06e_datasets.ipynb #708f4224
 def _share(group, seed): return int(hashlib.sha256(f'{seed}:{group}'.encode('utf-8', 'replace')).hexdigest()[:8], 16)/16**8
 
+# %% ../nbs/06e_datasets.ipynb #6b397d49
 def _validate(m, share, seed):
     "A share of the groups of train validates, drawn by their hash"
     return m.like(replace(v, split='val') if v.split=='train' and _share(v.group, seed)<share else v for v in m)
 
+# %% ../nbs/06e_datasets.ipynb #b0c6dfd7
 def dfdc(
     path, # a part, an archive of one (also a URL), or a folder of either
     val_parts=(), # names or numbers of whole parts that validate
@@ -386,7 +407,7 @@ def dfdc(
     if gone := [n for n,r in skipped if r==_MISSING]: m.warnings.append(f'{len(gone)} labelled videos are not there: {_some(gone)}')
     return _remarks(m.like(replace(v, split='val') if _number(v.chunk) in wanted else v for v in m) if wanted else _validate(m, val, seed))
 
-# %% ../nbs/06e_datasets.ipynb #2bb27a93
+# %% ../nbs/06e_datasets.ipynb #29cd4869
 _WILD = [(c, s) for c in ('real','fake') for s in ('train','test')]
 
 def _is_picture(name): return name.lower().endswith(PICTURES) and not name.split('/')[-1].startswith('.')
@@ -404,7 +425,7 @@ def _wild_packed(root, part, archive, skipped):
     for f in dict.fromkeys(m.name.rpartition('/')[0] for m in listing.members if _is_picture(m.name)):
         yield _wild_row(part, _stem(archive), [p for p in f.split('/') if p not in ('','.')], root/part/archive, f)
 
-# %% ../nbs/06e_datasets.ipynb #46018607
+# %% ../nbs/06e_datasets.ipynb #54ae162b
 def _wild_rows(root, part, skipped):
     "All sequences of 'real_train', ..."
     files,folders = _here(root/part)
@@ -417,6 +438,7 @@ def _wild_rows(root, part, skipped):
         try: yield from _wild_packed(root, part, f, skipped)
         except DatasetError as e: skipped.append((f'{part}/{f}', str(e)[:200]))
 
+# %% ../nbs/06e_datasets.ipynb #beeed27b
 def wilddeepfake(
     root, # holds real_train/, real_test/, fake_train/, fake_test/
     val:float=0., # share of the source videos of train that validate
@@ -429,7 +451,7 @@ def wilddeepfake(
     if gone := [f'{c}_{s}' for c,s in _WILD if f'{c}_{s}' not in parts]: warnings.append(f'not there: {_some(gone)}')
     return _validate(_finish([v for p in parts for v in _wild_rows(root, p, skipped)], skipped, warnings, root), val, seed)
 
-# %% ../nbs/06e_datasets.ipynb #c7078b36
+# %% ../nbs/06e_datasets.ipynb #67e0ad7a
 _BENCH = {'FF-real':('FaceForensics++','real'), 'FF-DF':('FaceForensics++','Deepfakes'), 'FF-F2F':('FaceForensics++','Face2Face'), 'FF-FS':('FaceForensics++','FaceSwap'),
           'FF-NT':('FaceForensics++','NeuralTextures'), 'FF-FH':('FaceForensics++','FaceShifter'), 'FF-SH':('FaceForensics++','FaceShifter'),
           'DFD_real':('DeepFakeDetection','real'), 'DFD_fake':('DeepFakeDetection','DeepFakeDetection'), 'CelebDFv1_real':('Celeb-DF-v1','real'), 'CelebDFv1_fake':('Celeb-DF-v1','Celeb-synthesis'),
@@ -444,12 +466,13 @@ def _labelled(top, label):
     m = re.fullmatch(r'(.*)_(real|fake)', label, re.I)
     return (top, m[2].lower() if m[2].lower()=='real' else m[1] or 'fake') if m else 'unknown label, and it does not end in real or fake'
 
-# %% ../nbs/06e_datasets.ipynb #63fafcec
+# %% ../nbs/06e_datasets.ipynb #162fd05e
 def _within(at, d, skipped):
     "Keys and values of what should be an object"
     if isinstance(d, dict): yield from ((f'{at}/{k}', k, x) for k,x in d.items())
     else: skipped.append((at, f'an object was expected, it is a {type(d).__name__}'))
 
+# %% ../nbs/06e_datasets.ipynb #ba492d6a
 def _bench_entries(top, d, skipped):
     "(dataset, method, compression, video), part and entry of all that is well formed"
     for at,label,parts in _within(top, d, skipped):
@@ -463,7 +486,7 @@ def _bench_entries(top, d, skipped):
                     if isinstance(frames, list) and frames and all(isinstance(f, str) for f in frames): yield (*known, _COMPRESSIONS.get(c, 'as_is'), name),part,frames
                     else: skipped.append((at, 'no video with frames: a field where a video should be'))
 
-# %% ../nbs/06e_datasets.ipynb #bc1be1bb
+# %% ../nbs/06e_datasets.ipynb #885f0843
 def _laid_out(frames):
     "Folder below `rgb/` and names of the pictures; or the reason why not"
     paths = [f.replace('\\','/').removeprefix('./').removeprefix('datasets/').removeprefix('rgb/').split('/') for f in frames]
@@ -471,11 +494,13 @@ def _laid_out(frames):
     if len(folders := {'/'.join(p[:-1]) for p in paths})>1: return 'its frames lie in several folders'
     return folders.pop(),tuple(dict.fromkeys(p[-1] for p in paths))
 
+# %% ../nbs/06e_datasets.ipynb #0b9baae9
 def _names(folder):
     "Names in a folder; none if it is not there"
     try: return set(os.listdir(folder))
     except (OSError, ValueError): return set()
 
+# %% ../nbs/06e_datasets.ipynb #a5e679df
 def _bench_root(path, root, folders):
     "Where the frames lie: the first place that has one of these folders"
     tops = [Path(root).expanduser()] if root else path.resolve().parents[:4]
@@ -483,7 +508,7 @@ def _bench_root(path, root, folders):
         if any(_names(p/f) for f in folders): return p
     raise DatasetError(f"{path}: none of its frames are found, {_some(folders, 1) or 'it names none'} for one. Say root=, the folder that holds it (in DeepfakeBench datasets/rgb)")
 
-# %% ../nbs/06e_datasets.ipynb #5f1afc21
+# %% ../nbs/06e_datasets.ipynb #fa52ba60
 def _bench_split(m, parts):
     "One part for each video, and say what was not one"
     for d in sorted({v.dataset for v in m}):
@@ -501,7 +526,7 @@ def _bench_order(d, rows, of, warnings):
     if d.startswith('Celeb-DF') and not any(v.actor and v.split=='train' for v in rows): warnings.append(f'{d}: train has no film of Celeb-real, this JSON lost them; read the set itself')
     return _apart(Manifest(rows))
 
-# %% ../nbs/06e_datasets.ipynb #51ce0a46
+# %% ../nbs/06e_datasets.ipynb #229949cd
 def _bench_rows(path, root, entries, skipped, warnings):
     "key -> its row, and the parts that it is in"
     laid = {}
@@ -518,7 +543,7 @@ def _bench_rows(path, root, entries, skipped, warnings):
         else: skipped.append((v.key, _MISSING))
     if short: warnings.append(f'{short} listed frames are not there')
 
-# %% ../nbs/06e_datasets.ipynb #595201e6
+# %% ../nbs/06e_datasets.ipynb #4a33a7a4
 def deepfakebench(
     path, # of a JSON of preprocessing/dataset_json; `X_c40` means the c40 of X.json
     root=None, # where its frames lie (datasets/rgb); None looks around the JSON
@@ -538,9 +563,10 @@ def deepfakebench(
     m = _bench_split(m, {v.key:ps for v,ps in rows})
     return _remarks(_shared(m, 'Read the set itself, and split it by people'))
 
-# %% ../nbs/06e_datasets.ipynb #cc71754f
+# %% ../nbs/06e_datasets.ipynb #40e128d2
 _KINDS = ('RealVideo-RealAudio','RealVideo-FakeAudio','FakeVideo-RealAudio','FakeVideo-FakeAudio')
 
+# %% ../nbs/06e_datasets.ipynb #c0d9eafe
 def _fav_methods(root, skipped):
     "File -> method, from meta_data.csv"
     if not (p := root/'meta_data.csv').is_file(): return None
@@ -554,6 +580,7 @@ def _fav_methods(root, skipped):
         else: skipped.append((f'meta_data.csv, line {i}', 'names no file, folder and method'))
     return of
 
+# %% ../nbs/06e_datasets.ipynb #b9970708
 def _fav_row(root, at, n, of):
     "One file"
     kind,where = at.relative_to(root).parts[0],(at/n).relative_to(root).as_posix()
@@ -565,7 +592,7 @@ def _fav_row(root, at, n, of):
     else: told = dict(target=people[0], source=people[1], original='/'.join(['FakeAVCeleb/real/as_is',_KINDS[0],*Path(where).parts[1:-1],re.split(r'[_.]', n)[0]])) 
     return Video('FakeAVCeleb', method, 'as_is', where.rpartition('.')[0], at/n, '', int(kind!=_KINDS[0]), trim=True, sound=True, **told) if who else None
 
-# %% ../nbs/06e_datasets.ipynb #145fd662
+# %% ../nbs/06e_datasets.ipynb #38506f5a
 def fakeavceleb(
     root, # holds RealVideo-RealAudio/ and the other three
     splits:str='people', # the publisher has none; 'none' leaves it open
@@ -589,9 +616,10 @@ def fakeavceleb(
     m = _finish(rows, skipped, warnings, root)
     return _remarks(_people_split(m, seed) if splits=='people' else join_groups(m))
 
-# %% ../nbs/06e_datasets.ipynb #ed36a892
+# %% ../nbs/06e_datasets.ipynb #543d80c6
 _HOME = {'original_videos':('real',0), 'method_A':('method_A',1), 'method_B':('method_B',1)}
 
+# %% ../nbs/06e_datasets.ipynb #65dd799c
 def _preview_row(root, n, d, there):
     "A row, or the reason why not"
     if not isinstance(d, dict): return f'its entry is a {type(d).__name__}'
@@ -604,6 +632,7 @@ def _preview_row(root, n, d, there):
     people = dict(target=who('target_id'), source=who('swapped_id')) if label else dict(actor=who('target_id'))
     return Video('DFDC-preview', method, 'as_is', n.rpartition('.')[0], root/n, '', label, d['set'], **people)
 
+# %% ../nbs/06e_datasets.ipynb #05500687
 def dfdc_preview(
     root, # holds dataset.json, original_videos/, method_A/ and method_B/
     val:float=.1, # share of the people of train that validate; 0 for none
@@ -620,9 +649,10 @@ def dfdc_preview(
     skipped += [(n, 'twice in dataset.json, the first counts') for n in d.twice]+[(n, 'not in dataset.json: no label') for n in sorted(there-set(d))]
     return _remarks(_shared(_carve(_finish(rows, skipped, [], root), val, seed), 'The publisher says there are none'))
 
-# %% ../nbs/06e_datasets.ipynb #60a73896
+# %% ../nbs/06e_datasets.ipynb #3239da2a
 _SAYS = {'0':0, '1':1, 'real':0, 'fake':1, 'false':0, 'true':1}
 
+# %% ../nbs/06e_datasets.ipynb #73168cc6
 def _test_labels(root):
     "File -> what is said of its label, and the file that says so"
     for n,name,label in (('labels.csv','filename','label'), ('metadata.csv','filename','is_fake'), ('metadata.json','','is_fake')):
@@ -631,6 +661,7 @@ def _test_labels(root):
         return [(k, str(d.get(label, '')) if isinstance(d, dict) else '') for k,d in _json(p, _read(p)).items()],p
     raise DatasetError(f'{root}: no labels.csv, metadata.csv or metadata.json. It comes with the set')
 
+# %% ../nbs/06e_datasets.ipynb #700263ab
 def dfdc_test(
     root, # holds the labels, and the videos at whatever depth
 )->Manifest:
@@ -647,7 +678,7 @@ def dfdc_test(
     skipped += [(n, 'no label') for n in there if n not in done]
     return _finish(rows, skipped, [], path)
 
-# %% ../nbs/06e_datasets.ipynb #4b46cb46
+# %% ../nbs/06e_datasets.ipynb #2a1dea80
 def _deeper_lists(root):
     "Name -> part"
     at,of = next((d for d in (root/'lists'/'splits', root/'splits') if d.is_dir()), root/'lists'/'splits'),{}
@@ -658,6 +689,7 @@ def _deeper_lists(root):
             if of.setdefault(line.strip().removesuffix('.mp4'), s)!=s: raise DatasetError(f"{at}: {line.strip()} is in two lists. Take them anew from the publisher")
     return of
 
+# %% ../nbs/06e_datasets.ipynb #c74967a5
 def _deeper_rows(root, of, skipped):
     "The fakes; each is made from a sequence of FaceForensics++"
     for sub in _here(root/'manipulated_videos')[1]:
@@ -669,7 +701,7 @@ def _deeper_rows(root, of, skipped):
                 yield Video('DeeperForensics-1.0', sub, 'as_is', stem, at/n, '', 1, of[stem], target=f'FaceForensics++:{m[1]}', source=f'DeeperForensics:{m[2]}', original=f'FaceForensics++/real/c23/{m[1]}')
         gone = set(of)-{p.stem for p in (root/'manipulated_videos'/sub).rglob('*.mp4')}; skipped += [(f'{sub}/{n}', _MISSING) for n in sorted(gone)]
 
-# %% ../nbs/06e_datasets.ipynb #b94055a9
+# %% ../nbs/06e_datasets.ipynb #f545b8b0
 def deeperforensics(
     root, # holds manipulated_videos/, source_videos/ and lists/
     originals=None, # root of FaceForensics++: its c23 sequences are the reals of this set
@@ -687,7 +719,7 @@ def deeperforensics(
     m = _shared(join_groups(m), 'Its lists part the targets, not the actors')
     return _remarks(m) if originals else m
 
-# %% ../nbs/06e_datasets.ipynb #98f3325a
+# %% ../nbs/06e_datasets.ipynb #2059a3a8
 @dataclass(frozen=True)
 class About:
     "What the publisher says of a set"
@@ -699,6 +731,7 @@ class About:
     where:str='' # to ask for it
     terms:str='' # in words
 
+# %% ../nbs/06e_datasets.ipynb #15f92bfd
 @dataclass(frozen=True)
 class Layout:
     "A way in which a set of videos lies on a disk"
@@ -707,7 +740,7 @@ class Layout:
     read:object # (path, **options) -> `Manifest`
     about:About # of the whole set
 
-# %% ../nbs/06e_datasets.ipynb #06206f7e
+# %% ../nbs/06e_datasets.ipynb #b830f4ff
 _ff,_dfd = 'FaceForensics++','DeepFakeDetection'
 _late = ((_ff,'FaceShifter'),(_dfd,'real'),(_dfd,_dfd))
 ABOUT = dict(
@@ -718,7 +751,7 @@ ABOUT = dict(
     wilddeepfake=About('WildDeepfake', {('WildDeepfake','real'):3805, ('WildDeepfake','fake'):3509}, (), {}, 'some tens of GB of pictures', 'the form in the repository OpenTAI/wild-deepfake', 'research, not commerce, under the terms that are signed'),
     dfdc=About('Deepfake Detection Challenge, training set', {('DFDC','real'):19154, ('DFDC','fake'):100000}, (), {}, 'about 470 GB in 50 zips', 'the competition deepfake-detection-challenge on Kaggle, or the page of Meta AI', 'the rules of the competition, which are accepted before the download'))
 
-# %% ../nbs/06e_datasets.ipynb #276dfb94
+# %% ../nbs/06e_datasets.ipynb #61346a9b
 ABOUT |= dict(
     dfdc_preview=About('Deepfake Detection Challenge, preview', {('DFDC-preview','real'):1131, ('DFDC-preview','*'):4119}, (), dict(train=855+3618, test=276+501), 'some GB', 'the page of Meta AI on the challenge', 'the terms of the challenge'),
     dfdc_test=About('Deepfake Detection Challenge, public test', {('DFDC-test','real'):2500, ('DFDC-test','fake'):2500}, (), dict(test=5000), 'some tens of GB', 'the page of Meta AI on the challenge', 'the terms of the challenge'),
@@ -727,16 +760,18 @@ ABOUT |= dict(
     deepfakebench=About('frames cut out by DeepfakeBench', where='the forms of the publishers; the JSON files come with the repository SCLBD/DeepfakeBench', terms='the terms of each set'),
     folder=About('a folder of your own'), csv=About('a table of your own'), manifest=About('a manifest that was saved'))
 
-# %% ../nbs/06e_datasets.ipynb #6ffe065e
+# %% ../nbs/06e_datasets.ipynb #da5cf08a
 def _marks(*names): return lambda p: p.is_dir() and any((p/n).exists() for n in names)
 def _ends(*ends): return lambda p: p.is_file() and p.name.lower().endswith(ends)
 
+# %% ../nbs/06e_datasets.ipynb #f166bd6b
 def _peek(path):
     "The first words of a file"
     try:
         with open(path, 'rb') as f: return f.read(4096)
     except OSError: return b''
 
+# %% ../nbs/06e_datasets.ipynb #3c72da37
 def _is_dfdc(p):
     "An archive or folder of parts?"
     if is_url(p) or p.is_file(): return is_archive(p)
@@ -744,13 +779,15 @@ def _is_dfdc(p):
     files,folders = _here(p)
     return b'"label"' in _peek(p/'metadata.json') or any(is_archive(f) and (_stem(f).isdigit() or 'dfdc' in f.lower()) for f in files) or any((p/d/'metadata.json').is_file() and b'"is_fake"' not in _peek(p/d/'metadata.json') for d in folders[:60])
 
+# %% ../nbs/06e_datasets.ipynb #1ee87f36
 def _is_test(p):
     "The labels of the challenge's test?"
     return p.is_dir() and any((q/'labels.csv').is_file() or (q/'metadata.csv').is_file() or b'"is_fake"' in _peek(q/'metadata.json') for q in (p, p/'test'))
 
+# %% ../nbs/06e_datasets.ipynb #9414f1d5
 def _is_celeb(v): return lambda p: _marks(*_CELEB,'List_of_testing_videos.txt')(p) and v not in re.findall(r'v([12])\b', p.resolve().name.lower().replace('_','-'))
 
-# %% ../nbs/06e_datasets.ipynb #344f67d9
+# %% ../nbs/06e_datasets.ipynb #f195e938
 def _own(p):
     "A folder with films, whose names are not those of a published set's fakes"
     if not p.is_dir(): return False
@@ -764,9 +801,10 @@ _READ = dict(faceforensics=(_marks('original_sequences','manipulated_sequences')
     deeperforensics=(_marks('manipulated_videos'), deeperforensics), deepfakebench=(_ends('.json'), deepfakebench), csv=(_ends('.csv','.tsv'), csv_manifest), manifest=(_ends('.jsonl'), Manifest.load), folder=(_own, folder_manifest))
 LAYOUTS = {n:Layout(n, *_READ[n], ABOUT[n]) for n in _READ}
 
-# %% ../nbs/06e_datasets.ipynb #c8a32d45
+# %% ../nbs/06e_datasets.ipynb #d67f6bf3
 def _fits(p): return [n for n,l in LAYOUTS.items() if n!='folder' and l.detect(p)]
 
+# %% ../nbs/06e_datasets.ipynb #e7f2471a
 def _detect(path):
     "The one layout that fits"
     if is_url(path): fits = ['dfdc'] if is_archive(path) else []
@@ -777,6 +815,7 @@ def _detect(path):
     if len(fits)>1: raise DatasetError(f"{path}: this may be {' or '.join(fits)}. Say which with layout=")
     return fits[0] if fits else _other(path)
 
+# %% ../nbs/06e_datasets.ipynb #1fbad1ee
 def _other(path):
     "A folder of one's own, or what to do"
     p,files,folders = Path(path).expanduser(),[],[]
@@ -785,6 +824,7 @@ def _other(path):
     if p.is_dir() and _own(p): return 'folder'
     raise DatasetError(f"{path}: no layout that is known. There are {', '.join(LAYOUTS)}; at its top lie {_some(folders+files, 8) or 'no files'}. Say layout=, or write a CSV (chapter 6)")
 
+# %% ../nbs/06e_datasets.ipynb #407b37d9
 def read_dataset(
     path, # a folder, an archive (also a URL), a JSON, a CSV, a saved manifest
     layout:str='auto', # one of `LAYOUTS`, or look
@@ -794,7 +834,7 @@ def read_dataset(
     if layout!='auto' and layout not in LAYOUTS: raise DatasetError(f"no layout {layout!r}; there are {', '.join(LAYOUTS)}")
     return LAYOUTS[_detect(path) if layout=='auto' else layout].read(path, **options)
 
-# %% ../nbs/06e_datasets.ipynb #5b44a9e0
+# %% ../nbs/06e_datasets.ipynb #f03bacd4
 def _size(m):
     "Bytes on disk, each file once; and what is empty"
     total,empty = 0,[]
@@ -806,6 +846,7 @@ def _size(m):
             if not n: empty.append(str(f))
     return total,empty
 
+# %% ../nbs/06e_datasets.ipynb #6450482f
 def _against(m, about):
     "A DataFrame: what is there of each method and compression, by part, beside what was published"
     import pandas as pd
@@ -817,9 +858,10 @@ def _against(m, about):
     t['published'] = t.published.astype('Int64'); t['missing'] = (t.published-t.there-t.left_out).clip(lower=0)
     return t.sort_values(['dataset','method','compression'], ignore_index=True)
 
+# %% ../nbs/06e_datasets.ipynb #8a6507db
 def _left(m, k): return sum(n.startswith('/'.join(k)+'/') and r!=_MISSING for n,r in m.skipped)
 
-# %% ../nbs/06e_datasets.ipynb #72285415
+# %% ../nbs/06e_datasets.ipynb #2e8b79e1
 def _pace(v, seconds):
     "Processor seconds that decoding and tracking took, and of how many seconds of film"
     def some(frames):
@@ -834,8 +876,10 @@ def _pace(v, seconds):
     spent,(n,last) = time.process_time()-start,seen
     return spent,last*n/(n-1) if n>1 else 0
 
+# %% ../nbs/06e_datasets.ipynb #b025e08b
 def _spread(m, n, seed=0): return sorted(m, key=lambda v: _share(v.key, seed))[:n]
 
+# %% ../nbs/06e_datasets.ipynb #33f22b3d
 def _timing(m, seconds=10.):
     "How long preparing takes on this machine: from three videos, and the headers of forty"
     known = [v for v in probe(Manifest(_spread(m, 40))) if v.seconds]
@@ -849,7 +893,7 @@ def _timing(m, seconds=10.):
     film,cores = sum(v.seconds for v in known)/len(known)*len(m),len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return dict(film_hours=film/3600, core_hours=[film*min(paces)/3600, film*max(paces)/3600], cores=cores, hours=[film*min(paces)/3600/cores, film*max(paces)/3600/cores], from_videos=len(paces), from_headers=len(known))
 
-# %% ../nbs/06e_datasets.ipynb #863f8ea7
+# %% ../nbs/06e_datasets.ipynb #2663c083
 @dataclass
 class Diagnosis:
     "What a doctor found"
@@ -867,7 +911,7 @@ class Diagnosis:
     def code(self)->int: return 2 if self.error else int(bool(self.missing or self.leaks))
     def table(self): return _against(self.manifest, self.about)
 
-# %% ../nbs/06e_datasets.ipynb #f2e2f2cd
+# %% ../nbs/06e_datasets.ipynb #a9b22a7a
 def _lacking(m, about, part):
     "Sentences on what is not there"
     out = [f'{n} {r}' for r,n in Counter('listed videos are not there' if r==_MISSING else '' for _,r in m.skipped).items() if r]
@@ -880,6 +924,7 @@ def _lacking(m, about, part):
         if (k := sum(v.split in ((s,'val') if s=='train' else (s,)) for v in m))<n: out.append(f'{s}: a part, {k} of {n}')
     return out
 
+# %% ../nbs/06e_datasets.ipynb #1cb35c1f
 def check(
     path, # as for `read_dataset`
     layout:str='auto', # one of `LAYOUTS`, or look
@@ -903,7 +948,7 @@ def check(
     if timing: d.timing = _timing(m, seconds)
     return d
 
-# %% ../nbs/06e_datasets.ipynb #d85d2e36
+# %% ../nbs/06e_datasets.ipynb #ba01fcfc
 def _gigabytes(n): return f'{n/1e9:.1f} GB' if n>=1e8 else f'{n/1e6:.1f} MB'
 
 def _hours(*hs): return ' to '.join(f'{h:.1f} h' if h>=1 else f'{60*h:.1f} min' if h>=1/60 else f'{3600*h:.1f} s' for h in hs)
@@ -924,7 +969,7 @@ def __str__(self:Diagnosis):
         *_lines('MISSING', self.missing), *_lines('LEAKS', self.leaks), *_lines('to know', m.warnings), *_lines('left out', skipped), *_told_timing(self.timing),
         *([f"the whole set{f': {a.size}' if a.size else ''}; ask for it by {a.where}. Terms: {a.terms}"] if a.where else []), 'something is missing or leaks' if self.code else 'all is there, and nothing is on both sides'])
 
-# %% ../nbs/06e_datasets.ipynb #74ae1b21
+# %% ../nbs/06e_datasets.ipynb #58f39278
 @patch
 def plain(self:Diagnosis)->dict: # for JSON
     "All of it, for a machine"
@@ -933,6 +978,7 @@ def plain(self:Diagnosis)->dict: # for JSON
     return d|dict(title=self.about.title, videos=len(self.manifest), groups=len(self.manifest.groups), warnings=self.manifest.warnings, skipped=dict(Counter(r for _,r in self.manifest.skipped)),
                   table=json.loads(self.table().to_json(orient='records')), size=self.about.size, where=self.about.where, terms=self.about.terms)
 
+# %% ../nbs/06e_datasets.ipynb #32cfad72
 def main(argv=None):
     "`python -m deepfake_nb.datasets check PATH`; exit status 0 all is there, 1 something is missing or leaks, 2 it cannot be read"
     p = argparse.ArgumentParser(prog='python -m deepfake_nb.datasets', description='What is there of a data set, what is missing, what leaks, and how long preparing it will take')
