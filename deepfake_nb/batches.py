@@ -34,7 +34,7 @@ class PairDataset(Dataset):
         groups = {groups} if isinstance(groups, str) else set(groups)
         tracks = [t for t in store.tracks if groups & {t.group, t.video, t.key}]
         if unknown := sorted(groups-{n for t in tracks for n in (t.group, t.video, t.key)}): raise StoreError(store.folder.name, f"{', '.join(unknown)}: no track of that name", remedy='look at `store.tracks`; perhaps no face was found in these videos')
-        if fakes := [t.key for t in tracks if t.label]: raise StoreError(store.folder.name, f'{len(fakes)} tracks are fakes already; a pair is made of a real clip', fakes[0], remedy='leave fakes out of the training manifest')
+        if fakes := [t.key for t in tracks if t.label]: raise StoreError(store.folder.name, f'{len(fakes)} tracks are fakes already; a pair is made of a real clip', fakes[0], remedy="leave fakes out of the training manifest (prepare with labels='real')")
         if swap and len({t.group for t in tracks})<2: raise StoreError(store.folder.name, 'faces are to be swapped, and there is one person only', remedy='swap=0, or more people')
         self.store,self.tracks,self.length,self.seed,self.ease,self.swap,self.faces = store,tracks,length,seed,ease,swap,None
         self.draw,self.sbi = ClipSampler(tracks, length),VideoSBI(qp=tuple(qp), **kw)
