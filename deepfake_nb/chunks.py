@@ -18,7 +18,7 @@ from tqdm import tqdm
 from .pack import _fsync,read_json,sha256 as _sha256,write_json
 from .video import VideoError
 from .clips import FaceStore,StoreError
-from .manifest import DatasetError,Manifest,SUFFIXES,Skipped
+from .manifest import DatasetError,Manifest,Skipped,is_film
 from .sources import Limits,is_url,is_zip,list_archive,open_film
 from .stores import Settings,build_store
 from .datasets import read_dataset
@@ -280,8 +280,6 @@ def _again(m, home, report, options):
     new = {r.key:r for r in some.rows}
     report.rows = [new[r.key] if r.key in bad or new.get(r.key, r).boxes!=r.boxes else r for r in report.rows]
 
-def _film(name): return os.path.splitext(name)[1].lower() in SUFFIXES
-
 # %% ../nbs/07b_chunks.ipynb #f7b3eb32
 def _quarantine(m, rows, home, chunk):
     "Write what cannot be trained on, and why; its share of all films"
@@ -290,14 +288,13 @@ def _quarantine(m, rows, home, chunk):
     notes = [Skipped(v.name, f'its sound is left out: {by[v.key].silent}') for v in m if by[v.key].silent]+[Skipped(v.name, 'no face was found') for v in m if not by[v.key].error and not by[v.key].tracks]
     d = dict(chunk=chunk.name, videos=len(m), counts=Counter(_kind(s.reason) for s in bad), members=[s._asdict() for s in bad], notes=[s._asdict() for s in notes])
     write_json(home/'quarantine.json', d)
-    films = len(m)+sum(_film(s.name) for s in m.skipped)
-    return sum(_film(s.name) for s in bad)/max(1, films),d
+    films = len(m)+sum(is_film(s.name) for s in m.skipped)
+    return sum(is_film(s.name) for s in bad)/max(1, films),d
 
 def _seal(chunk, home, m, report, source, settings):
     "All that a prepared chunk has beside its shards; `prepared.json` comes last"
-    m.save(home/'manifest.jsonl')
-    rows,keep = [replace(r, reused=False) for r in report.rows],{r.shard for r in report.rows if r.shard}
-    write_json(home/'store.json', dict(shards=report.shards, settings=asdict(settings), rows=[asdict(r) for r in rows]))
+    m.save(home/'manifest.jsonl'); report.save()
+    keep = {r.shard for r in report.rows if r.shard}
     for p in home.glob('*.zip'): p.name in keep or p.unlink()
     sizes = {n:(home/n).stat().st_size for n in sorted(keep)}
     d = dict(format=1, chunk=chunk.name, source=source, manifest=m.hash, settings=asdict(settings), videos=len(m), shards=sizes, bytes=sum(sizes.values()))

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from .pack import sample
 from .video import VideoError,VideoFile
 from .faces import face_tracks
-from .manifest import DatasetError,Manifest,SUFFIXES,Skipped,Video,csv_manifest,folder_manifest,join_groups,split_groups,split_people
+from .manifest import DatasetError,Manifest,Skipped,Video,csv_manifest,folder_manifest,is_film,join_groups,split_groups,split_people
 from .sources import PICTURES,is_archive,is_url,is_zip,list_archive,open_film,probe,read_member
 from .leakage import KINDS,LeakError,audit
 
@@ -62,9 +62,6 @@ def _folder(path):
     path = Path(path).expanduser()
     if not path.is_dir(): raise DatasetError(f'{path}: no such folder')
     return path
-
-# %% ../nbs/06e_datasets.ipynb #92eb041b
-def _is_film(name): return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith('.')
 
 # %% ../nbs/06e_datasets.ipynb #a6fb3bef
 def _here(folder):
@@ -199,9 +196,9 @@ def _ff_rows(root, compressions, methods, skipped):
     for folder,dataset,method,c in places:
         if compressions and c not in compressions or methods is not None and method not in (*methods,'real') or dataset=='DeepFakeDetection' and not actors: continue
         for n in _here(folder)[0]:
-            told = _told(dataset, c, Path(n).stem, int(method!='real')) if _is_film(n) else None
+            told = _told(dataset, c, Path(n).stem, int(method!='real')) if is_film(n) else None
             if told: yield Video(dataset, method, c, Path(n).stem, folder/n, '', int(method!='real'), **told)
-            else: skipped.append((f'{folder.relative_to(root)}/{n}', 'no name of this set' if _is_film(n) else 'not a video'))
+            else: skipped.append((f'{folder.relative_to(root)}/{n}', 'no name of this set' if is_film(n) else 'not a video'))
 
 # %% ../nbs/06e_datasets.ipynb #b5ec5b97
 def _first(root, name):
@@ -281,9 +278,9 @@ def _celeb_rows(root, dataset, skipped, warnings):
         if str(at.relative_to(root))!=name: warnings.append(f"{at.relative_to(root)}/ is read as the publisher's {name}/")
         method,label = _CELEB[name]
         for n in _here(at)[0]:
-            told = _told(dataset, 'as_is', Path(n).stem, label) if _is_film(n) else None
+            told = _told(dataset, 'as_is', Path(n).stem, label) if is_film(n) else None
             if told is not None: yield f'{name}/{n}',Video(dataset, method, 'as_is', Path(n).stem, at/n, '', label, **told)
-            else: skipped.append((f'{sub}/{n}', 'no name of this set' if _is_film(n) else 'not a video'))
+            else: skipped.append((f'{sub}/{n}', 'no name of this set' if is_film(n) else 'not a video'))
 
 # %% ../nbs/06e_datasets.ipynb #e91a3a6f
 def _celeb_test(root):
@@ -337,7 +334,7 @@ def _packed(path, skipped):
     listing,by = list_archive(path),defaultdict(dict)
     skipped += [(f'{_stem(path)}/{n}', r) for n,r in listing.skipped]
     for m in listing.members: folder,_,name = m.name.rpartition('/'); by[folder][name] = (path, m.name)
-    some = {f:ns for f,ns in by.items() if 'metadata.json' in ns or any(map(_is_film, ns))}
+    some = {f:ns for f,ns in by.items() if 'metadata.json' in ns or any(map(is_film, ns))}
     for f,ns in some.items():
         meta = ns.pop('metadata.json', None)
         yield _Part(_stem(path) if len(some)==1 else f.split('/')[-1], ns, meta and (lambda m=meta: read_member(*m)))
@@ -350,7 +347,7 @@ def _parts(path, skipped):
     for at,files in _walk(path):
         archives += [at/f for f in files if is_archive(at/f)]
         ns = {f:(at/f, '') for f in files if not is_archive(at/f)}; meta = ns.pop('metadata.json', None)
-        if meta or any(map(_is_film, ns)): yield _Part(at.resolve().name, ns, meta and (lambda m=meta: _read(m[0])))
+        if meta or any(map(is_film, ns)): yield _Part(at.resolve().name, ns, meta and (lambda m=meta: _read(m[0])))
         else: skipped += [(str((at/f).relative_to(path)), 'not a video') for f in ns]
     for a in archives:
         try: yield from _packed(a, skipped)
@@ -362,7 +359,7 @@ def _dfdc_row(part, n, d):
     if not isinstance(d, dict): return f'its entry is a {type(d).__name__}'
     if (label := {'REAL':0, 'FAKE':1}.get(d.get('label')) if isinstance(d.get('label'), str) else None) is None: return f"label {repr(d.get('label'))[:40]} is neither FAKE nor REAL"
     if n not in part.files: return _MISSING
-    if not _is_film(n): return 'not a video'
+    if not is_film(n): return 'not a video'
     of = d.get('original') if label else n
     if not (isinstance(of, str) and of): return 'a fake that names no original'
     (path,member),group = part.files[n],f'DFDC/real/as_is/{part.name}/{of}'
@@ -375,7 +372,7 @@ def _dfdc_part(part, skipped):
     try: d = _json(f'{part.name}/metadata.json', part.read()) if part.read else None
     except DatasetError as e: out('metadata.json', str(e)[:200]); d = None
     for n in part.files:
-        if d is None or n not in d: out(n, 'not a video' if not _is_film(n) else 'its part has no metadata.json that can be read' if d is None else 'not in metadata.json: no label')
+        if d is None or n not in d: out(n, 'not a video' if not is_film(n) else 'its part has no metadata.json that can be read' if d is None else 'not in metadata.json: no label')
     for n in getattr(d, 'twice', ()): out(n, 'twice in metadata.json, the first counts')
     for n,x in (d or {}).items():
         v = _dfdc_row(part, n, x)
@@ -573,7 +570,7 @@ def _fav_methods(root, skipped):
     of = {}
     for i,r in enumerate(_table(p, 'method'), 2):
         kind = next((x for x in r.values() if x.split('/')[-1] and any(k in x.split('/') for k in _KINDS) and '/' in x), '')
-        file = next((x for x in r.values() if _is_film(x.split('/')[-1])), '')
+        file = next((x for x in r.values() if is_film(x.split('/')[-1])), '')
         at = kind.split('/') if kind==file else [*kind.split('/'), file]
         where = '/'.join(at[next((j for j,x in enumerate(at) if x in _KINDS), 0):])
         if file and kind and re.fullmatch(r'[\w.+-]+', r.get('method') or '', re.A): of.setdefault(where, r['method'])
@@ -605,9 +602,9 @@ def fakeavceleb(
     for kind in (k for k in _KINDS if (root/k).is_dir()):
         for at,names in _walk(root/kind):
             for n in names:
-                v = _fav_row(root, at, n, of) if _is_film(n) else None
+                v = _fav_row(root, at, n, of) if is_film(n) else None
                 if v: rows.append(v)
-                else: skipped.append(((at/n).relative_to(root).as_posix(), 'no id in its path' if _is_film(n) else 'not a video'))
+                else: skipped.append(((at/n).relative_to(root).as_posix(), 'no id in its path' if is_film(n) else 'not a video'))
     files = {v.path.relative_to(root).as_posix() for v in rows}
     if of is None: warnings.append('no meta_data.csv: methods are the names of the folders')
     elif other := sorted(f for f in files if f not in of): warnings.append(f'{len(other)} files are not in meta_data.csv, their methods are the names of the folders: {_some(other)}')
@@ -641,7 +638,7 @@ def dfdc_preview(
     "The preview of the challenge, with the publisher's train and test"
     root,rows,skipped = _folder(root),[],[]
     d = _json(root/'dataset.json', _read(root/'dataset.json'))
-    there = {(at/n).relative_to(root).as_posix() for at,names in _walk(root) for n in names if _is_film(n)}
+    there = {(at/n).relative_to(root).as_posix() for at,names in _walk(root) for n in names if is_film(n)}
     for n,x in d.items():
         v = _preview_row(root, n, x, there)
         if isinstance(v, Video): rows.append(v)
@@ -668,7 +665,7 @@ def dfdc_test(
     "The test of the challenge: all of it is test"
     root,rows,skipped,done = _folder(root),[],[],set()
     labels,path = _test_labels(root)
-    there = {n:at/n for at,names in _walk(root) for n in names if _is_film(n)}
+    there = {n:at/n for at,names in _walk(root) for n in names if is_film(n)}
     for n,said in labels:
         label = _SAYS.get(said.lower()); key = f'DFDC-test/{("real","fake")[label or 0]}/as_is/{n}'
         why = f'label {said[:40]!r} is none' if label is None else 'twice in the list, the first counts' if n in done else _MISSING if n not in there else ''
@@ -696,7 +693,7 @@ def _deeper_rows(root, of, skipped):
         for at,names in _walk(root/'manipulated_videos'/sub):
             for n in names:
                 stem = Path(n).stem; m = re.fullmatch(r'(\d{3})_([A-Z]\d{3})', stem, re.A)
-                why = 'not a video' if not _is_film(n) else 'no name of this set' if not m else 'in none of the three lists' if stem not in of else ''
+                why = 'not a video' if not is_film(n) else 'no name of this set' if not m else 'in none of the three lists' if stem not in of else ''
                 if why: skipped.append(((at/n).relative_to(root).as_posix(), why)); continue
                 yield Video('DeeperForensics-1.0', sub, 'as_is', stem, at/n, '', 1, of[stem], target=f'FaceForensics++:{m[1]}', source=f'DeeperForensics:{m[2]}', original=f'FaceForensics++/real/c23/{m[1]}')
         gone = set(of)-{p.stem for p in (root/'manipulated_videos'/sub).rglob('*.mp4')}; skipped += [(f'{sub}/{n}', _MISSING) for n in sorted(gone)]
@@ -791,7 +788,7 @@ def _is_celeb(v): return lambda p: _marks(*_CELEB,'List_of_testing_videos.txt')(
 def _own(p):
     "A folder with films, whose names are not those of a published set's fakes"
     if not p.is_dir(): return False
-    names = [f for _,files in _walk(p) for f in files if _is_film(f)]
+    names = [f for _,files in _walk(p) for f in files if is_film(f)]
     for d,g in _GRAMMAR.items():
         if names and sum(bool(re.fullmatch(g.fake, Path(n).stem, re.A)) for n in names)*2>len(names): raise DatasetError(f"{p}: its files are named like fakes of {d}; read as a folder of your own, all would count as real. Name the root of that set, or say layout='folder'")
     return bool(names)

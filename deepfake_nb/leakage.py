@@ -15,7 +15,8 @@ from itertools import combinations
 from pathlib import Path
 from fastcore.basics import patch
 from .manifest import DatasetError,Manifest,Video,connected,tokens
-from .pack import sha256
+from .pack import read_json,sha256
+from .clips import FaceStore,StoreError
 
 # %% ../nbs/06c_leakage.ipynb #b7fc3102
 _i,_j = np.indices((64,64))
@@ -346,10 +347,18 @@ def without_leaks(
     return without_leaks(left, keep, sums, faces, allow, bits) if out else left
 
 # %% ../nbs/06c_leakage.ipynb #e349926d
-def _steps(files, sums, allow):
+def _of_stores(manifests):
+    "What the stores know in which these manifests lie: key -> sha256 of the video, key -> hashes of its faces"
+    sums,faces = {},{}
+    for f in manifests:
+        sums |= {r['key']:r['sha256'] for r in read_json(f.parent/'store.json')['rows'] if r['sha256']} if (f.parent/'store.json').exists() else {}
+        faces |= face_hashes(FaceStore(f.parent))
+    return sums,faces
+
+def _steps(files, sums, allow, faces=None):
     "All audits of some manifests: (what, function)"
-    for path,m in files: yield str(path),lambda m=m: audit(m, sums, allow=allow)
-    for (n,(p,a)),(_,(q,b)) in combinations(enumerate(files), 2): yield f'{p} against {q}',lambda a=a, b=b, n=n: between(a, b, sums, allow=allow, sides=('test' if n else 'train', 'test'))
+    for path,m in files: yield str(path),lambda m=m: audit(m, sums, faces, allow=allow)
+    for (n,(p,a)),(_,(q,b)) in combinations(enumerate(files), 2): yield f'{p} against {q}',lambda a=a, b=b, n=n: between(a, b, sums, faces, allow=allow, sides=('test' if n else 'train', 'test'))
 
 # %% ../nbs/06c_leakage.ipynb #1fd2e2e9
 def main(argv=None):
@@ -358,15 +367,17 @@ def main(argv=None):
     p.add_argument('manifests', nargs='+', type=Path, help='files from Manifest.save')
     p.add_argument('--allow', action='append', default=[], choices=KINDS, help='accept links of this kind; they are named all the same')
     p.add_argument('--sums', action='store_true', help='compare the bytes of the files too')
+    p.add_argument('--stores', action='store_true', help='the manifests lie beside prepared faces: compare bytes and pictures by them')
     a,leaks = p.parse_args(argv),0
     try:
         files = [(f, Manifest.load(f)) for f in a.manifests]
         sums,unread = file_sums([v for _,m in files for v in m]) if a.sums else ({},[])
-        for what,step in _steps(files, sums, a.allow):
+        stored,faces = _of_stores(a.manifests) if a.stores else ({},None)
+        for what,step in _steps(files, stored|sums, a.allow, faces):
             try: said = step()
             except LeakError as e: said,leaks = e.leaks or e,leaks+1
             print(f'{what}\n{said}\n')
-    except DatasetError as e: print(e, file=sys.stderr); return 2
+    except (DatasetError,StoreError) as e: print(e, file=sys.stderr); return 2
     if a.sums: print(f"{len(sums)} files hashed, {len(unread)} not ({', '.join(f'{n} {r}' for r,n in Counter(r for _,r in unread).items()) or 'none'})")
     return int(leaks>0)
 

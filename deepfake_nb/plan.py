@@ -177,7 +177,7 @@ def notebook(
 
 # %% ../nbs/51_plan.ipynb #bad1daa8
 SHARED = ('preset','videos','held_out','seed') # what all stages must agree on
-DATA = ('layout','options','splits','labels','methods','compression','spans','span','allow','workers') # what `prepare` makes of the videos
+DATA = ('layout','options','splits','labels','methods','compression','spans','span','boxes','native','allow','drop_leaks','workers') # what `prepare` makes of the videos
 
 def parameters(
     stage:str, # of `PLAN`
@@ -275,8 +275,9 @@ def main(argv=None):
     p.add_argument('plan', choices=['demo']); p.add_argument('--runs', default='runs', help='where the records go')
     for name,kind,text in (('preset',str,'tiny, demo or full'), ('videos',str,'folder of real videos; a sub-folder is one person'), ('held-out',str,'people never trained on'),
         ('seed',int,'of everything drawn'), ('backbone',str,'any timm model'), ('weights',str,'file of pretrained weights'), ('steps',int,'optimiser steps of Phase A'), ('steps-b',int,'optimiser steps of Phase B'), ('workers',int,'processes that forge pairs'), ('budget',float,'dollars of each phase'),
-        ('layout',str,'of a published data set; found out by itself otherwise'), ('splits',str,'parts to prepare, with commas'), ('labels',str,'real, fake, or both with a comma'), ('compression',str,'c23, ...'), ('spans',int,'pieces of a video that are kept'), ('allow',str,'kinds of leaks that are accepted'), ('reserve',float,'dollars of it to keep'), ('gpu',str,'whose price is taken'), ('price',float,'dollars an hour'), ('gate-videos',str,'folder with real/ and fake/')):
+        ('layout',str,'of a published data set; found out by itself otherwise'), ('splits',str,'parts to prepare, with commas'), ('labels',str,'real, fake, or both with a comma'), ('options',str,'for the reader, as JSON'), ('methods',str,'only these, with commas'), ('compression',str,'c23, ...'), ('boxes',str,'original, own or both: how fakes are cut'), ('spans',int,'pieces of a video that are kept'), ('allow',str,'kinds of leaks that are accepted'), ('reserve',float,'dollars of it to keep'), ('gpu',str,'whose price is taken'), ('price',float,'dollars an hour'), ('gate-videos',str,'folder with real/ and fake/')):
         p.add_argument(f'--{name}', type=kind, help=text)
+    p.add_argument('--drop-leaks', action='store_true', default=None, help='leave out of train and val what belongs to a later part')
     p.add_argument('--no-resume', dest='resume', action='store_false', default=None, help='train again from the start')
     a = vars(p.parse_args(argv)); runs = a.pop('runs'); a.pop('plan')
     return run_plan({k:v for k,v in a.items() if v is not None}, runs)

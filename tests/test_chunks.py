@@ -15,26 +15,13 @@ from deepfake_nb.miniatures import miniature
 from deepfake_nb.sources import Limits
 from deepfake_nb.stores import Settings
 
+from common import count,told,wait_for
+
 SEED = 20261
 ENV = os.environ|dict(PYTHONPATH=os.pathsep.join([str(Path(chunks.__file__).parents[1]), os.environ.get('PYTHONPATH', '')]))
 SMALL = dict(size=64)
 
-def count(sample):
-    "How many cases: the sample of `make test`, or SOAK"
-    return int(os.environ.get('SOAK') or sample)
-
-def told(n, of, what):
-    print(f'{what}: {n} of {of} (seed {SEED})')
-    assert n==of
-
 def command(zips, store, *more): return [sys.executable, '-m', 'deepfake_nb.chunks', 'prepare', *map(str, zips), '--store', str(store), '--size', '64', *more]
-
-def wait_for(f, seconds=60):
-    end = time.monotonic()+seconds
-    while not (got := f()):
-        assert time.monotonic()<end, 'waited too long'
-        time.sleep(.02)
-    return got
 
 def alive(session):
     "Processes of a session that are not dead"
@@ -87,7 +74,7 @@ def test_killed_preparations_go_on(mini, tmp_path, workers):
         good += seen(home)==mini.whole
         shutil.rmtree(store)
     print(f'{cut} of {n} were killed with some shards written')
-    told(good, n, f'killed preparations ({workers} workers) that went on and ended the same')
+    told(good, n, f'killed preparations ({workers} workers) that went on and ended the same', SEED)
 
 def test_nothing_half_written_is_ever_seen(mini, tmp_path):
     "A reader that looks while a chunk is prepared finds whole shards, and `prepared.json` only when all is there"
@@ -222,7 +209,7 @@ def test_damaged_chunks(mini, tmp_path):
         good += 1; shutil.rmtree(place)
     assert not [p for p in tmp_path.rglob('*')] and seen(mini.home)==mini.whole
     print(f'{refused} of {n} chunks were refused as a whole')
-    told(good, n, 'damaged chunks with every film accounted for')
+    told(good, n, 'damaged chunks with every film accounted for', SEED)
 
 def test_too_many_bad_films(mini, tmp_path):
     films,meta = names_of(mini),json.loads(mini.files['dfdc_train_part_0/metadata.json']); bad = sorted(films)[:2]
@@ -336,7 +323,7 @@ def test_a_server_that_hangs_up(mini, server, s3, tmp_path, scheme):
         server.left = None
         prepare_chunk(Chunk('00', url), store, **SMALL)
         good += shards(store/'00')==shards(mini.home); assert {s.name for s in prepare_chunk(Chunk('00', url), store, **SMALL).quarantine}=={'00/raw.bin'}
-    told(good, min(n, 50), f'broken connections over {scheme} after which the store is the same')
+    told(good, min(n, 50), f'broken connections over {scheme} after which the store is the same', SEED)
 
 def test_a_short_breakdown_costs_no_film(mini, server, tmp_path, monkeypatch):
     "A film whose transfer broke is asked for once more; it is not called damaged"

@@ -2,6 +2,7 @@
 import json,os,signal,subprocess,sys,time
 from pathlib import Path
 import nbformat,pytest
+from common import wait_for
 from deepfake_nb.runs import Record,RunError,_family,compare,index,is_lost,run_stage,silence
 from deepfake_nb.journal import METRICS_MIME
 
@@ -36,13 +37,6 @@ def make(tmp_path):
 def papermill_says_success(rec):
     nb = nbformat.read(rec.folder/'executed.ipynb', 4)
     return nb.metadata.papermill.exception is None and {c.metadata.papermill.status for c in nb.cells}=={'completed'}
-
-def wait_for(f, seconds=60):
-    end = time.monotonic()+seconds
-    while not (res := f()):
-        assert time.monotonic()<end, 'waited too long'
-        time.sleep(.1)
-    return res
 
 def runner(nb, runs, sigint='default', grace=20):
     "A runner in a process of its own, with SIGINT at its default, or ignored as in the background of a shell"

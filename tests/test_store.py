@@ -5,16 +5,10 @@ from types import SimpleNamespace
 import numpy as np,pytest
 from deepfake_nb.clips import ARRAYS,FaceStore,ShardWriter,StoreError,open_shard
 
+from common import count,told
+
 SEED = 20260
 ENV = os.environ|dict(PYTHONPATH=str(Path(__file__).parents[1]))
-
-def count(sample):
-    "How many cases: the sample of `make test`, or SOAK"
-    return int(os.environ.get('SOAK') or sample)
-
-def told(n, of, what):
-    print(f'{what}: {n} of {of} (seed {SEED})')
-    assert n==of
 
 def synthetic(T=24, size=64, seed=0, native=False):
     "A track that needs neither a video nor a face: the store does not look at faces"
@@ -61,7 +55,7 @@ def test_killed_writers_leave_old_new_or_nothing(tmp_path):
         whole += there or not i%2
         strays = [p.name for p in folder.glob('*') if p.name!='v.zip'] if folder.exists() else []
         assert all(s.startswith('.') and s.endswith('.part') for s in strays), strays
-    told(whole, n, 'killed writers that left a whole shard or none')
+    told(whole, n, 'killed writers that left a whole shard or none', SEED)
 
 def outcome(folder, clips):
     "'error', or 'same' if every clip reads back as it was; anything else is silent damage"
@@ -80,7 +74,7 @@ def test_a_flipped_bit_is_found(good, tmp_path):
         at,bit = int(rng.integers(len(good.data))),1<<int(rng.integers(8))
         (tmp_path/'v.zip').write_bytes(good.data[:at]+bytes([good.data[at]^bit])+good.data[at+1:])
         found += outcome(tmp_path, good.clips)!='silent' and not sealed(tmp_path)
-    told(found, n, 'flipped bits found by the seal, none read as something else')
+    told(found, n, 'flipped bits found by the seal, none read as something else', SEED)
 
 def test_damage_in_the_directory_is_found(good, tmp_path):
     "The last kilobytes hold names, places and sizes: the flips that confuse a zip reader most"
@@ -89,14 +83,14 @@ def test_damage_in_the_directory_is_found(good, tmp_path):
         at,bit = len(good.data)-1-int(rng.integers(min(9000, len(good.data)))),1<<int(rng.integers(8))
         (tmp_path/'v.zip').write_bytes(good.data[:at]+bytes([good.data[at]^bit])+good.data[at+1:])
         found += outcome(tmp_path, good.clips)!='silent' and not sealed(tmp_path)
-    told(found, n, 'flipped bits in the directory found')
+    told(found, n, 'flipped bits in the directory found', SEED)
 
 def test_a_truncated_shard_is_found(good, tmp_path):
     rng,n,found = np.random.default_rng(SEED+3),count(20),0
     for i in range(n):
         (tmp_path/'v.zip').write_bytes(good.data[:[0, 1, len(good.data)-1][i] if i<3 else int(rng.integers(len(good.data)))])
         found += not sealed(tmp_path)
-    told(found, n, 'truncated shards found')
+    told(found, n, 'truncated shards found', SEED)
 
 def test_the_message_names_shard_track_frame_and_remedy(good, tmp_path):
     import zipfile
