@@ -193,7 +193,12 @@ def _stf_mamba(config):
     from deepfake_nb.stf_mamba import STFConfig,build_stf_mamba
     return build_stf_mamba(STFConfig(**config), weights='random')
 
-MODELS = {'STFMamba':_stf_mamba}
+def _specialist(config):
+    from deepfake_nb.specialists.base import SpecialistConfig
+    from deepfake_nb.specialists.team import build_specialist
+    return build_specialist(SpecialistConfig(**config), weights='random')
+
+MODELS = {'STFMamba':_stf_mamba, 'Specialist':_specialist}
 
 def build(
     card:dict, # with `model` and `config`

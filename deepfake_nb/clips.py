@@ -260,6 +260,14 @@ def arrays(self:FaceStore,
     t = self[key]
     return {a:self._array(t, a) for a in ARRAYS+(('native_offset',) if t.native else ())}|dict(native=t.native)
 
+@patch
+def sound(self:FaceStore,
+    key:str, # of a track
+)->np.ndarray: # (N,) float32, 16 kHz, from the first frame's time to the last one's end
+    "All the sound of a track"
+    if not self[key].sound: raise StoreError(self[key].shard, 'its video has no sound', key, remedy='ask `TrackInfo.sound` first')
+    return self._array(self[key], 'sound')
+
 # %% ../nbs/05_clips.ipynb #c9c16de4
 @patch
 def read(self:FaceStore,
