@@ -99,6 +99,7 @@ class History:
     evals:list=field(default_factory=list) # (step, dict)
     said:list=field(default_factory=list) # lines a reader must know
     reason:str='' # why it stopped: steps, budget, signal
+    signal:str='' # name of the one that asked for a stop, also if the last step was just done
     resumed:int=0 # step it went on from
     precision:str='' # that was really used
     spent:dict=None # the budget's report
@@ -259,7 +260,7 @@ def begin(self:Loop, resume):
 @patch
 def end(self:Loop, why):
     "Last evaluation if it can be paid, last checkpoint, last words"
-    h = self.history; h.reason = why
+    h = self.history; h.reason,h.signal = why,self.signal or ''
     if why=='steps' or why=='budget' and not self.budget.must_stop(self.t_eval+self.t_save): self.judge()
     self.save()
     if self.step<self.cfg.steps:

@@ -116,16 +116,16 @@ def test_chunks_stopped_at_a_batch_and_resumed_end_the_same(room, tmp_path, monk
     assert again['model_sha256']==whole['model_sha256'] and again['chunks']==whole['chunks']=='00, 01'
 
 def test_folds_hold_every_group_out_once(room, tmp_path):
-    s = run(room, 'LL', 2, folds=3, checkpoints=str(tmp_path), from_checkpoint=str(one_of(room, 'LL', 1)))
+    s = run(room, 'LL', 1, folds=3, checkpoints=str(tmp_path))
     held = [g for r in s['rounds'] for g in r['held_out'].split(', ')]
-    assert sorted(held)==s['w'].groups and s['words']['folds']==3 and 0<=s['words']['auc_mean']<=1
+    assert sorted(held)==sorted(s['w'].groups) and s['words']['folds']==3 and 0<=s['words']['auc_mean']<=1
 
 def test_a_model_that_says_fake_to_all_raises_an_alarm(room, tmp_path):
     d = one_of(room, 'LL', 1); m = load_model(d.parent, 'stage_1')
     with torch.no_grad(): m.classify[-1].weight.zero_(); m.classify[-1].bias.copy_(torch.tensor([-9.,9.]))
     card = save_weights(tmp_path/'b', 'stage_1', m, extra=dict(stage=1, trained_on=[]))
-    s = run(room, 'LL', 2, most=1, checkpoints=str(tmp_path/'c'), from_checkpoint=str(card), any_data=True, store=str(room/'store_1'))
-    assert 'says fake' in s['words']['alarm'] or s['words']['videos']<16
+    s = run(room, 'LL', 2, fakes='self', pairs=10, most=1, checkpoints=str(tmp_path/'c'), from_checkpoint=str(card), store=str(room/'store_1'))
+    assert 'says fake to 100 % of 20 reals' in s['words']['alarm'] and s['words']['alarms']>0 and s['words']['real']==0
 
 # EfficientNet-B4, one optimiser step of each, from a weights file
 @pytest.fixture(scope='module')

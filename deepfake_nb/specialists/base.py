@@ -6,14 +6,14 @@
 __all__ = ['GRID', 'CHANNELS', 'NAMES', 'MODULES', 'EvidenceError', 'Needs', 'Evidence', 'luma', 'to_grid', 'Module',
            'check_evidence', 'evidence', 'SpecialistConfig', 'Answer', 'classifier', 'Specialist']
 
-# %% ../../nbs/20_specialist.ipynb #f2195ca5
+# %% ../../nbs/20_specialist.ipynb #c2dbc91f
 import math,numpy as np,torch,torch.nn.functional as F
 from dataclasses import dataclass,fields,replace
 from fastcore.basics import patch
 from torch import nn,Tensor
 from ..backbones import load_backbone
 
-# %% ../../nbs/20_specialist.ipynb #c60fb536
+# %% ../../nbs/20_specialist.ipynb #c6466023
 GRID = 7 # cells a side
 CHANNELS = dict(BG=44, AV=48, CM=40, RR=36, LL=68, TM=52) # of each module
 NAMES = dict(BG='background', AV='sound and lips', CM='compression', RR='resampling', LL='low light', TM='time')
@@ -21,7 +21,7 @@ NAMES = dict(BG='background', AV='sound and lips', CM='compression', RR='resampl
 class EvidenceError(Exception):
     "Input that lacks, or has lost, what a specialist looks at"
 
-# %% ../../nbs/20_specialist.ipynb #12fa5179
+# %% ../../nbs/20_specialist.ipynb #82a573aa
 @dataclass(frozen=True)
 class Needs:
     "What a specialist must be given"
@@ -48,7 +48,7 @@ class Evidence:
     def face(self): return None if self.mask is None else self.mask[:,self.mask.shape[1]//2] # `(B,h,w)` of that frame
     def __len__(self): return len(self.pixels)
 
-# %% ../../nbs/20_specialist.ipynb #c214fe5e
+# %% ../../nbs/20_specialist.ipynb #a0626a85
 def luma(
     x:Tensor, # (...,3,h,w) RGB
 )->Tensor: # (...,h,w)
@@ -61,7 +61,7 @@ def to_grid(
     "Mean of each cell"
     return F.adaptive_avg_pool2d(x, GRID)
 
-# %% ../../nbs/20_specialist.ipynb #c580c970
+# %% ../../nbs/20_specialist.ipynb #79c21482
 class Module(nn.Module):
     "Fixed forensic maps, then a small learned part; a subclass gives `code`, `needs`, `branches` and `maps`"
     code,needs,branches = '',Needs(),{} # `branches`: name -> channels, in order
@@ -79,7 +79,7 @@ class Module(nn.Module):
         "Where there is nothing to judge"
         return torch.zeros(len(e), dtype=torch.bool, device=e.pixels.device)
 
-# %% ../../nbs/20_specialist.ipynb #b000547f
+# %% ../../nbs/20_specialist.ipynb #2c3edacb
 @patch
 def forward(self:Module,
     e:Evidence, # B clips
@@ -97,7 +97,7 @@ def calibrate(self:Module,
     self.center.copy_(maps.mean((0,2,3))); self.spread.copy_(maps.std((0,2,3)).clamp_min(1e-3))
     return self
 
-# %% ../../nbs/20_specialist.ipynb #7982d4c6
+# %% ../../nbs/20_specialist.ipynb #79e5ac0b
 @patch
 def features(self:Module, e:Evidence)->Tensor: return self(e).flatten(1) # (B,C*49)
 
@@ -106,7 +106,7 @@ def channel_names(self:Module)->list: # 'dct 0', ...
     "A name for each channel: its branch and a number"
     return [f'{b} {i}' for b,n in self.branches.items() for i in range(n)]
 
-# %% ../../nbs/20_specialist.ipynb #cad3fddc
+# %% ../../nbs/20_specialist.ipynb #99725f36
 def _refuse(code, what, remedy): raise EvidenceError(f'{code} {what}. {remedy}')
 
 def check_evidence(
@@ -125,13 +125,13 @@ def check_evidence(
     if needs.sound and batch.sound is None: _refuse(code, 'listens, and no sound was read', "Ask the loader for 'sound'")
     if needs.pixels=='native' and not degraded: _check_native(batch, code)
 
-# %% ../../nbs/20_specialist.ipynb #6c07625f
+# %% ../../nbs/20_specialist.ipynb #1ebfa5b8
 def _check_native(batch, code):
     "Native pixels, on the grid of the codec"
     if batch.native is None: _refuse(code, "looks at the frame's own pixels, and these were resized to a crop", "Prepare with native=True and ask the loader for 'native'; evidence='degraded' trains on what is left, and the record says so")
     if off := [k for k,o in zip(batch.key, batch.offset) if (o%8).any()]: _refuse(code, f"is given patches that do not start on the codec's grid of 8 ({off[0]})", 'Prepare again with native=True')
 
-# %% ../../nbs/20_specialist.ipynb #da8f2dc3
+# %% ../../nbs/20_specialist.ipynb #fec55fd5
 def evidence(
     batch, # a `Batch` of B clips
     needs:Needs, # of the specialist
@@ -148,7 +148,7 @@ def evidence(
         at = [i for i in range(len(batch)) if size(i)==s]
         yield at,_evidence(batch, needs, at, pixels, native, silence)
 
-# %% ../../nbs/20_specialist.ipynb #2dbb4249
+# %% ../../nbs/20_specialist.ipynb #991e3bad
 def _evidence(batch, needs, at, pixels, native, sound):
     "The `Evidence` of clips of one size"
     x,n = torch.stack([pixels[i] for i in at]),len(at)
@@ -164,7 +164,7 @@ def _evidence(batch, needs, at, pixels, native, sound):
         e.sound = torch.stack([sound[i] for i in at]) if heard else torch.zeros(n, 640*x.shape[1], device=x.device)
     return e
 
-# %% ../../nbs/20_specialist.ipynb #159d0336
+# %% ../../nbs/20_specialist.ipynb #18872bac
 MODULES = {} # code -> class; each specialist's chapter adds its own
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class SpecialistConfig:
         if self.evidence not in ('native','degraded'): raise EvidenceError(f"evidence is 'native' or 'degraded', not {self.evidence!r}")
         if self.width%self.heads: raise EvidenceError(f'{self.heads} heads do not share {self.width} channels evenly')
 
-# %% ../../nbs/20_specialist.ipynb #cab220dd
+# %% ../../nbs/20_specialist.ipynb #0ba53a2f
 @dataclass
 class Answer:
     "What a specialist says of B clips"
@@ -199,7 +199,7 @@ class Answer:
     @property
     def features(self): return self.maps.flatten(1) # (B,C*49)
 
-# %% ../../nbs/20_specialist.ipynb #58b4378b
+# %% ../../nbs/20_specialist.ipynb #cb240f30
 def classifier(
     width:int, # of what comes in
     dropouts:tuple, # of the three layers
@@ -217,12 +217,12 @@ class Specialist(nn.Module):
         self.see,self.sense = nn.LayerNorm(D),nn.LayerNorm(C)
         self.null,self.ask = nn.Parameter(torch.zeros(C)),nn.Parameter(.02*torch.randn(W))
         if module.spatial: self.join = nn.Linear(D+C, W)
-        else: self.join,self.join_module = nn.Linear(D, W),nn.Linear(C*GRID**2, W)
+        else: self.join,self.join_module = nn.Linear(D, W),nn.Sequential(nn.Linear(C*GRID**2, W//4), nn.GELU(), nn.Linear(W//4, W)) # narrow in the middle: 160 MB hold a checkpoint
         self.place = nn.Parameter(.02*torch.randn(GRID**2 if module.spatial else 2, W))
         self.before,self.attend,self.after = nn.LayerNorm(W),nn.MultiheadAttention(W, cfg.heads, batch_first=True),nn.LayerNorm(W)
         self.classify = classifier(W, cfg.dropouts)
 
-# %% ../../nbs/20_specialist.ipynb #ccd57540
+# %% ../../nbs/20_specialist.ipynb #cdd0359c
 @patch
 def module_map(self:Specialist,
     batch, # a `Batch`
@@ -236,7 +236,7 @@ def module_map(self:Specialist,
     back = torch.tensor(at, device=batch.frames.device).argsort()
     return torch.cat(maps)[back],torch.cat(abstains)[back]
 
-# %% ../../nbs/20_specialist.ipynb #b75e109c
+# %% ../../nbs/20_specialist.ipynb #5aec9706
 @patch
 def tokens(self:Specialist,
     seen:Tensor, # (B,D,7,7) of the backbone
@@ -250,7 +250,7 @@ def tokens(self:Specialist,
     else: x = torch.stack([self.join(a.mean(1)), self.join_module(b.mT.flatten(1))], 1)
     return x+self.place
 
-# %% ../../nbs/20_specialist.ipynb #7f1475ab
+# %% ../../nbs/20_specialist.ipynb #7e2c6124
 @patch
 def forward(self:Specialist,
     batch, # a `Batch` of bytes, with what the module needs

@@ -9,7 +9,7 @@ __all__ = ['PRESETS', 'SETS', 'LOSSES', 'StageError', 'SpecialistPreset', 'speci
            'score_batches', 'table_of', 'stage_metrics', 'face_heights', 'Judge', 'val_batches', 'train_on',
            'plan_curriculum', 'Work', 'check_request', 'stage_work', 'published_work', 'own_work', 'halves']
 
-# %% ../../nbs/51b_stages.ipynb #cc764ada
+# %% ../../nbs/51b_stages.ipynb #b8607c60
 import cv2,hashlib,numpy as np,pandas as pd,torch
 from dataclasses import dataclass,field,replace
 from pathlib import Path
@@ -31,7 +31,7 @@ from ..checkpoints import damage,fill
 from ..training import STAGES,by_epochs,stage_config,train
 from ..plan import digest,prepared
 
-# %% ../../nbs/51b_stages.ipynb #5071f28b
+# %% ../../nbs/51b_stages.ipynb #b5f3d817
 class StageError(Exception):
     "A stage that can't begin"
 
@@ -53,7 +53,7 @@ PRESETS = dict(tiny=SpecialistPreset('test_efficientnet', 'random', width=64, pa
                demo=SpecialistPreset('tf_efficientnet_lite0', 'pack', pairs=4, most=40, windows=4, forge=GENTLE),
                full=SpecialistPreset(workers=6))
 
-# %% ../../nbs/51b_stages.ipynb #fe3d83ec
+# %% ../../nbs/51b_stages.ipynb #b7c1a55a
 def specialist_settings(
     preset:str, # a name in `PRESETS`
     **given, # what differs; None leaves the preset's value
@@ -69,7 +69,7 @@ def stage_of(
     if number not in STAGES: raise StageError(f'no stage {number!r}: there are {", ".join(map(str, STAGES))}')
     return STAGES[number]
 
-# %% ../../nbs/51b_stages.ipynb #a4eaa4b0
+# %% ../../nbs/51b_stages.ipynb #c8138064
 SETS = {1:('FaceForensics++','c23'), 2:('Celeb-DF-v2',''), 3:('WildDeepfake',''), 4:('DFDC','')} # stage -> data set, compression
 
 def stage_rows(
@@ -96,7 +96,7 @@ def check_pixels(
     why,bad = ('were published as pictures that somebody had cut out, and perhaps resized', cut) if cut else ('were prepared without native pixels (native=True)', bare)
     if bad: raise StageError(f"{code} looks at the frame's own pixels, and {len(bad)} of {len(tracks)} tracks {why}, such as {bad[0].key}. evidence='degraded' trains on what is left; the record says so")
 
-# %% ../../nbs/51b_stages.ipynb #d925c185
+# %% ../../nbs/51b_stages.ipynb #f31ff2d5
 @dataclass
 class Parts:
     "Tracks to learn from and tracks to judge by"
@@ -121,7 +121,7 @@ def parts_of(
 
 def both(tracks): return {t.label for t in tracks}=={0,1}
 
-# %% ../../nbs/51b_stages.ipynb #d713fb0f
+# %% ../../nbs/51b_stages.ipynb #13927ba6
 def _held_out(tracks, seed, share):
     "Groups that judge: as few as hold both classes and the share, and leave both to learn from"
     names = sorted({t.group for t in tracks}, key=lambda g: hashlib.sha256(f'{seed} {g}'.encode()).digest())
@@ -130,7 +130,7 @@ def _held_out(tracks, seed, share):
         if both([t for t in tracks if t.group in held]) and both([t for t in tracks if t.group not in held]): return held
     raise StageError(f'{len(tracks)} tracks of {len(names)} groups: no division leaves reals and fakes on both sides. Prepare more videos, or shorter clips')
 
-# %% ../../nbs/51b_stages.ipynb #8b3e18ad
+# %% ../../nbs/51b_stages.ipynb #099fc569
 class LabelledSource:
     "Published reals and fakes, balanced; with a curriculum the easier ones first"
     def __init__(self,
@@ -151,7 +151,7 @@ class LabelledSource:
         "From batch number `first` of an epoch on"
         return labelled_loader(self.store, self.sampler(epoch), self.cfg.pairs, self.chunk, epoch, first*self.cfg.pairs, self.cfg.workers, extras=self.extras, n=self.n*self.cfg.pairs)
 
-# %% ../../nbs/51b_stages.ipynb #d4f4940c
+# %% ../../nbs/51b_stages.ipynb #c61dc26d
 class CoupleSource:
     "Couples made here: self-blended faces, shifted sounds"
     def __init__(self, ds, needs:Needs, cfg:SpecialistPreset, n:int=None):
@@ -174,7 +174,7 @@ def own_source(
     if needs.sound: return CoupleSource(OffsetCouples(store, groups, needs.frames, seed), needs, cfg, n)
     return CoupleSource(BlendedCouples(store, groups, needs.frames, seed, needs.pixels=='native' and evidence=='native', **cfg.forge), needs, cfg, n)
 
-# %% ../../nbs/51b_stages.ipynb #cfdeb249
+# %% ../../nbs/51b_stages.ipynb #bace19c1
 def clahe(
     frame:np.ndarray, # (S,S,3) uint8
     clip:float=2., # of the histogram, in multiples of its mean
@@ -197,7 +197,7 @@ def augment(
 
 def _number(x): return x if isinstance(x, int) else int(hashlib.sha256(str(x).encode()).hexdigest()[:8], 16)
 
-# %% ../../nbs/51b_stages.ipynb #8d629940
+# %% ../../nbs/51b_stages.ipynb #1085d3b4
 def flipped(batch, which):
     "Left and right exchanged; a native patch is a multiple of 8 wide, so its grid stays where it is"
     def some(xs): return None if xs is None else [x.flip(-1) if f else x for x,f in zip(xs, which)]
@@ -211,7 +211,7 @@ def equalised(batch, which):
     for i in which: look[i] = torch.from_numpy(clahe(look[i].permute(1,2,0).numpy())).permute(2,0,1)
     return look
 
-# %% ../../nbs/51b_stages.ipynb #dcf3f4cc
+# %% ../../nbs/51b_stages.ipynb #6177cd0e
 def model_folder(
     code:str, # of the specialist
     cfg:SpecialistPreset,
@@ -234,7 +234,7 @@ def stage_card(
     _same(card, c, number, want)
     return card.parent/next(iter(c['files'])),c
 
-# %% ../../nbs/51b_stages.ipynb #c3b6a162
+# %% ../../nbs/51b_stages.ipynb #37f64703
 def _same(path, card, number, want):
     "Of this specialist, of this stage, of this shape"
     have = card['config']
@@ -254,7 +254,7 @@ def start_model(
     file,card = stage_card(before, stage.number-1, want)
     return fill(build_specialist(want, 'random'), file, 'Specialist'),card['extra']['trained_on']
 
-# %% ../../nbs/51b_stages.ipynb #d756fb29
+# %% ../../nbs/51b_stages.ipynb #de24565e
 @torch.no_grad()
 def calibrate(
     model, # a `Specialist`
@@ -267,7 +267,7 @@ def calibrate(
         x,abstains = model.module_map(b, raw=True); maps.append(x[~abstains])
     if len(x := torch.cat(maps)): model.module.calibrate(x)
 
-# %% ../../nbs/51b_stages.ipynb #4cd7a5e3
+# %% ../../nbs/51b_stages.ipynb #38720edb
 LOSSES = ('cross_entropy','focal','weighted_cross_entropy')
 
 def stage_loss(
@@ -291,7 +291,7 @@ def _loss(stage, x, y, n, correction):
     weight = class_weights(n) if correction=='weights' or stage.loss=='weighted_cross_entropy' else None
     return focal_loss(x, y, **dict(stage.loss_args)) if stage.loss=='focal' and weight is None else cross_entropy(x, y, weight)
 
-# %% ../../nbs/51b_stages.ipynb #13c3c2a0
+# %% ../../nbs/51b_stages.ipynb #74b2f563
 @torch.no_grad()
 def score_batches(
     model, batches, device='cpu',
@@ -303,7 +303,7 @@ def score_batches(
         rows += [dict(key=k, group=g, label=int(l), score=float(p), abstains=bool(q), pair=int(n)) for k,g,l,p,q,n in zip(b.key, b.group, b.label, s, z, b.pair)]
     return pd.DataFrame(rows)
 
-# %% ../../nbs/51b_stages.ipynb #814d3d76
+# %% ../../nbs/51b_stages.ipynb #735fc084
 def table_of(
     clips:pd.DataFrame, # of `score_batches`
     rows:dict=None, # key -> `Video`, for the slices
@@ -327,11 +327,11 @@ def stage_metrics(
     r = epoch_row(0, table)
     return dict(auc=auc(table.score, table.label), real=r['real'], fake=r['fake'], gap=r['gap'], videos=len(table), abstained=abstained, alarm=r['alarm'])
 
-# %% ../../nbs/51b_stages.ipynb #cb2e8ff4
+# %% ../../nbs/51b_stages.ipynb #fdecd943
 def face_heights(store, tracks)->dict: # key -> pixels, median
     return {t.key:float(np.median((b := store.arrays(t.key)['boxes'])[:,3]-b[:,1])) for t in tracks}
 
-# %% ../../nbs/51b_stages.ipynb #3a2233bb
+# %% ../../nbs/51b_stages.ipynb #f8e56bad
 def _own_key(key, pair, label):
     "A couple made here under a key of its own: many come from one video"
     a,method,rest = key.split('/', 2)
@@ -365,7 +365,7 @@ def val_batches(
     extras = tuple(x for x in needs.extras if native or x!='native')
     return lambda: window_loader(some, needs.frames, cfg.windows, 2*cfg.pairs, cfg.workers, extras)
 
-# %% ../../nbs/51b_stages.ipynb #f27f31bb
+# %% ../../nbs/51b_stages.ipynb #67172349
 def train_on(
     model, source, judge, # `Specialist`, source of batches, `Judge`
     stage, # a `Stage`
@@ -380,7 +380,7 @@ def train_on(
     make = lambda epoch,first: (augment(b, seed, use_clahe) for b in source.batches(epoch, first))
     return train(model, by_epochs(make, source.n), stage_loss(stage, counts, correction), how, evaluate=judge, folder=folder, **kw)
 
-# %% ../../nbs/51b_stages.ipynb #781caeb1
+# %% ../../nbs/51b_stages.ipynb #1104fc31
 def plan_curriculum(
     by:str, # '' for none; 'damage': compression first; 'loss': what the model of the stage before finds easy
     folder, # where it is kept, so that a resumed training follows the same
@@ -397,14 +397,14 @@ def plan_curriculum(
     if kept['by']!=by: raise StageError(f"{path}: was measured by {kept['by']}, not by {by}. Take an empty folder, or the old setting")
     return Curriculum(kept['difficulty'], epochs)
 
-# %% ../../nbs/51b_stages.ipynb #10285ece
+# %% ../../nbs/51b_stages.ipynb #5b4c8b68
 @dataclass
 class Work:
     "One source to learn from, one fixed set that judges"
     source:object # `LabelledSource` or `CoupleSource`
     val:object # () -> batches
     counts:tuple # reals and fakes that are learned from
-    groups:list # all names that may not be split
+    groups:dict # name of what may not be split -> labels it has
     choose:bool # whether the judging groups may choose the weights
     rule:str # in words
     about:dict # what the card will say of the data
@@ -421,7 +421,7 @@ def check_request(
     if fakes=='self' and number==4: raise StageError("stage 4 learns from published chunks; fakes='self' is for stages 1 to 3")
     return stage_of(number)
 
-# %% ../../nbs/51b_stages.ipynb #e40afad6
+# %% ../../nbs/51b_stages.ipynb #986fee38
 def stage_work(
     code:str, stage, store, cfg:SpecialistPreset, seed:int=0, # specialist, `Stage`, `FaceStore`
     fakes:str='published', evidence:str='native', any_data:bool=False, sound_store='', chunk:str='', # as in the stage notebook
@@ -435,7 +435,7 @@ def stage_work(
         return own_work(code, stage, FaceStore(sound_store), cfg, seed, evidence, split)
     return published_work(code, stage, store, cfg, seed, evidence, rows, chunk, split)
 
-# %% ../../nbs/51b_stages.ipynb #94801b62
+# %% ../../nbs/51b_stages.ipynb #14c051fe
 def published_work(code, stage, store, cfg, seed, evidence, rows, chunk='', split=None)->Work:
     "Published reals and fakes"
     needs = MODULES[code].needs; parts = parts_of(store, rows, needs.frames, seed)
@@ -448,24 +448,25 @@ def published_work(code, stage, store, cfg, seed, evidence, rows, chunk='', spli
     about = dict(stage=stage.number, data=SETS[stage.number][0], sets=sorted({v.dataset for v in rows.values()}), chunk=chunk, reals=n[0], fakes=n[1], groups=len({t.group for t in parts.train}),
                  judged=len({t.video for t in parts.val}), evidence=evidence if needs.pixels=='native' else 'crop', made_here='', rule=parts.rule)
     return Work(LabelledSource(store, parts.train, needs, cfg, seed, made, chunk=chunk, native=native), val_batches(store, parts.val, needs, cfg, native), tuple(n),
-                sorted({t.group for t in tracks}), True, parts.rule, about, rows, face_heights(store, parts.val))
+                {g:sorted({t.label for t in tracks if t.group==g}) for g in sorted({t.group for t in tracks})}, True, parts.rule, about, rows, face_heights(store, parts.val))
 
-# %% ../../nbs/51b_stages.ipynb #b6ae9c7c
+# %% ../../nbs/51b_stages.ipynb #d7b4ed50
 def own_work(code, stage, store, cfg, seed, evidence, split=None)->Work:
     "Couples made of real clips"
     needs = MODULES[code].needs; reals = real_groups(store)
     if needs.pixels=='native' and evidence=='native' and (bare := [t.key for t in store.tracks if not t.native]): raise StageError(f"{store.folder}: {bare[0]} was prepared without native pixels, and {code} looks at them. Prepare with native=True")
     long = {t.group for t in store.tracks if t.frames>=needs.frames and not t.label and (t.sound or not needs.sound)}
     if len(long)<2: raise StageError(f'{store.folder}: {len(long)} of {len(reals)} people have {needs.frames} frames{" with sound" if needs.sound else ""} in a row, {code} needs two at least: one to learn from and one to judge by')
-    split = split or split_groups(sorted(long), '', seed)
-    watched = split.val or split.test
+    fold,split = split,split or split_groups(sorted(long), '', seed)
+    watched = split.test if fold else split.val or split.test
+    learn = split.train+split.val if fold else split.train
     own = lambda who,s,n: own_source(code, store, who, cfg, s, n, evidence)
-    source,val = own([g for g in split.train if g in long], seed, None),own([g for g in watched if g in long], seed+10_000, 2*cfg.windows)
-    about = dict(stage=stage.number, data=SETS[stage.number][0], sets=sorted({t.key.split('/')[0] for t in store.tracks}), chunk='', reals=len(split.train), fakes=len(split.train), groups=len(split.train), judged=len(watched),
+    source,val = own([g for g in learn if g in long], seed, None),own([g for g in watched if g in long], seed+10_000, 2*cfg.windows)
+    about = dict(stage=stage.number, data=SETS[stage.number][0], sets=sorted({t.key.split('/')[0] for t in store.tracks}), chunk='', reals=len(learn), fakes=len(learn), groups=len(learn), judged=len(watched),
                  evidence=evidence if needs.pixels=='native' else 'crop', made_here='shifted sound' if needs.sound else 'self-blend', rule=split.rule)
-    return Work(source, lambda: val.batches(0, 0), (1,1), sorted(long), bool(split.val), split.rule, about)
+    return Work(source, lambda: val.batches(0, 0), (1,1), {g:[0,1] for g in sorted(long)}, bool(split.val), split.rule, about)
 
-# %% ../../nbs/51b_stages.ipynb #9d702be0
+# %% ../../nbs/51b_stages.ipynb #bfda31b7
 @patch
 def with_curriculum(self:Work,
     by:str, # '', 'loss' or 'damage'
@@ -478,7 +479,7 @@ def with_curriculum(self:Work,
     measure = lambda: score_batches(model.to(device), val_batches(s.store, s.tracks, s.needs, s.cfg, 'native' in s.extras or 'native' not in s.needs.extras)(), device)
     return LabelledSource(s.store, s.tracks, s.needs, s.cfg, s.seed, s.originals, plan_curriculum(by, folder, epochs, mine, measure), s.chunk, 'native' in s.extras)
 
-# %% ../../nbs/51b_stages.ipynb #738d88f8
+# %% ../../nbs/51b_stages.ipynb #1789868a
 def halves(
     table:pd.DataFrame, # of `table_of`, of groups that were not learned from
     seed:int=0, # of the division

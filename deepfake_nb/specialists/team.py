@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ORDER', 'CHOICE', 'build_specialist', 'crosstalk', 'read_crosstalk', 'crosstalk_figure', 'which']
 
-# %% ../../nbs/27_team.ipynb #ea9ae8c4
+# %% ../../nbs/27_team.ipynb #2898066b
 import numpy as np,pandas as pd,torch
 from ..backbones import load_backbone
 from .base import CHANNELS,MODULES,NAMES,Specialist,SpecialistConfig
@@ -17,7 +17,10 @@ from .ll import LL
 from .tm import TM
 from .proof import Probe,control_probe,specialist_probe
 
-# %% ../../nbs/27_team.ipynb #33aeef64
+# %% ../../nbs/27_team.ipynb #80d7c714
+ORDER = ('BG','AV','CM','RR','LL','TM')
+
+# %% ../../nbs/27_team.ipynb #55876afc
 def build_specialist(
     cfg:SpecialistConfig, # its shape
     weights, # of the backbone: a file, 'pack' for tf_efficientnet_lite0, or 'random' if that is meant
@@ -25,9 +28,7 @@ def build_specialist(
     "A specialist whose backbone has its weights and whose head has none yet"
     return Specialist(cfg, load_backbone(cfg.backbone, weights, 32, cfg.frozen), MODULES[cfg.code]())
 
-# %% ../../nbs/27_team.ipynb #6ba5cbe2
-ORDER = ('BG','AV','CM','RR','LL','TM')
-
+# %% ../../nbs/27_team.ipynb #36a0926f
 def crosstalk(
     each:int=4, # pairs of a photo
     seed:int=0, # of all that is drawn
@@ -44,14 +45,14 @@ def crosstalk(
     table = pd.DataFrame({a:{m:one(m, a) for m in codes} for a in ORDER})
     return table,pd.Series({a:control_probe(a, each, seed) for a in ORDER})
 
-# %% ../../nbs/27_team.ipynb #e922911e
+# %% ../../nbs/27_team.ipynb #e2145cb0
 def read_crosstalk(
     kept:dict, # what `tools/crosstalk.py` wrote
 )->tuple: # table and control, as of `crosstalk`
     "A kept result"
     return pd.DataFrame({a:{m:Probe(**kept['table'][m][a]) for m in ORDER} for a in ORDER}),pd.Series({a:Probe(**p) for a,p in kept['control'].items()})
 
-# %% ../../nbs/27_team.ipynb #505a9001
+# %% ../../nbs/27_team.ipynb #2a786571
 def crosstalk_figure(
     table:pd.DataFrame, # of `crosstalk`
     control:pd.Series, # of `crosstalk`
@@ -66,7 +67,7 @@ def crosstalk_figure(
     ax.set_xlabel('artefact'); ax.set_ylabel('module, not trained'); ax.set_title('share told right by a straight line; chance is .5')
     return ax
 
-# %% ../../nbs/27_team.ipynb #38a684e1
+# %% ../../nbs/27_team.ipynb #5a384f08
 CHOICE = dict( # code -> wins on, cannot see
     BG=('a face pasted into a frame: noise, sharpness, light or colour that differ between face and surround', 'fakes of the whole frame; anything that treats face and background alike'),
     AV=('a voice that does not fit the lips: dubbing, late sound, a forged mouth', 'silent films, hidden mouths, clips under two seconds: it abstains'),
