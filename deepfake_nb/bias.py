@@ -82,7 +82,7 @@ def face_size_bins(
 # %% ../nbs/31b_bias.ipynb #900d6f3d
 def _looked(d, threshold):
     "The table with a column `said` (1: fake), or what is wrong with it"
-    d = pd.DataFrame(d)
+    d = pd.DataFrame(d).reset_index(drop=True)
     if lacking := {'score','label'}-set(d): raise BiasError(f"no column {', '.join(sorted(lacking))}; there are {', '.join(map(str, d))}")
     s,y = np.asarray(d.score, float),d.label.to_numpy()
     if not len(s): raise BiasError('no rows: nothing was scored')
