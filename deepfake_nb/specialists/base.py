@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['GRID', 'CHANNELS', 'NAMES', 'MODULES', 'EvidenceError', 'Needs', 'Evidence', 'luma', 'to_grid', 'Module',
-           'check_evidence', 'evidence', 'SpecialistConfig', 'Answer', 'classifier', 'Specialist']
+           'check_evidence', 'evidence', 'SpecialistConfig', 'Answer', 'alike', 'classifier', 'Specialist']
 
-# %% ../../nbs/20_specialist.ipynb #c2dbc91f
+# %% ../../nbs/20_specialist.ipynb #4737d67d
 import math,numpy as np,torch,torch.nn.functional as F
 from dataclasses import dataclass,fields,replace
 from fastcore.basics import patch
 from torch import nn,Tensor
 from ..backbones import load_backbone
 
-# %% ../../nbs/20_specialist.ipynb #c6466023
+# %% ../../nbs/20_specialist.ipynb #4f0fe708
 GRID = 7 # cells a side
 CHANNELS = dict(BG=44, AV=48, CM=40, RR=36, LL=68, TM=52) # of each module
 NAMES = dict(BG='background', AV='sound and lips', CM='compression', RR='resampling', LL='low light', TM='time')
@@ -21,7 +21,7 @@ NAMES = dict(BG='background', AV='sound and lips', CM='compression', RR='resampl
 class EvidenceError(Exception):
     "Input that lacks, or has lost, what a specialist looks at"
 
-# %% ../../nbs/20_specialist.ipynb #82a573aa
+# %% ../../nbs/20_specialist.ipynb #56580842
 @dataclass(frozen=True)
 class Needs:
     "What a specialist must be given"
@@ -48,7 +48,7 @@ class Evidence:
     def face(self): return None if self.mask is None else self.mask[:,self.mask.shape[1]//2] # `(B,h,w)` of that frame
     def __len__(self): return len(self.pixels)
 
-# %% ../../nbs/20_specialist.ipynb #a0626a85
+# %% ../../nbs/20_specialist.ipynb #337ef36b
 def luma(
     x:Tensor, # (...,3,h,w) RGB
 )->Tensor: # (...,h,w)
@@ -61,7 +61,7 @@ def to_grid(
     "Mean of each cell"
     return F.adaptive_avg_pool2d(x, GRID)
 
-# %% ../../nbs/20_specialist.ipynb #79c21482
+# %% ../../nbs/20_specialist.ipynb #e05a0ac7
 class Module(nn.Module):
     "Fixed forensic maps, then a small learned part; a subclass gives `code`, `needs`, `branches` and `maps`"
     code,needs,branches = '',Needs(),{} # `branches`: name -> channels, in order
@@ -79,7 +79,7 @@ class Module(nn.Module):
         "Where there is nothing to judge"
         return torch.zeros(len(e), dtype=torch.bool, device=e.pixels.device)
 
-# %% ../../nbs/20_specialist.ipynb #2c3edacb
+# %% ../../nbs/20_specialist.ipynb #bf1cb4d7
 @patch
 def forward(self:Module,
     e:Evidence, # B clips
@@ -97,7 +97,7 @@ def calibrate(self:Module,
     self.center.copy_(maps.mean((0,2,3))); self.spread.copy_(maps.std((0,2,3)).clamp_min(1e-3))
     return self
 
-# %% ../../nbs/20_specialist.ipynb #79e5ac0b
+# %% ../../nbs/20_specialist.ipynb #fa7f918d
 @patch
 def features(self:Module, e:Evidence)->Tensor: return self(e).flatten(1) # (B,C*49)
 
@@ -106,7 +106,7 @@ def channel_names(self:Module)->list: # 'dct 0', ...
     "A name for each channel: its branch and a number"
     return [f'{b} {i}' for b,n in self.branches.items() for i in range(n)]
 
-# %% ../../nbs/20_specialist.ipynb #99725f36
+# %% ../../nbs/20_specialist.ipynb #8a2f265c
 def _refuse(code, what, remedy): raise EvidenceError(f'{code} {what}. {remedy}')
 
 def check_evidence(
@@ -125,13 +125,13 @@ def check_evidence(
     if needs.sound and batch.sound is None: _refuse(code, 'listens, and no sound was read', "Ask the loader for 'sound'")
     if needs.pixels=='native' and not degraded: _check_native(batch, code)
 
-# %% ../../nbs/20_specialist.ipynb #1ebfa5b8
+# %% ../../nbs/20_specialist.ipynb #c6c61218
 def _check_native(batch, code):
     "Native pixels, on the grid of the codec"
     if batch.native is None: _refuse(code, "looks at the frame's own pixels, and these were resized to a crop", "Prepare with native=True and ask the loader for 'native'; evidence='degraded' trains on what is left, and the record says so")
     if off := [k for k,o in zip(batch.key, batch.offset) if (o%8).any()]: _refuse(code, f"is given patches that do not start on the codec's grid of 8 ({off[0]})", 'Prepare again with native=True')
 
-# %% ../../nbs/20_specialist.ipynb #fec55fd5
+# %% ../../nbs/20_specialist.ipynb #6213fe47
 def evidence(
     batch, # a `Batch` of B clips
     needs:Needs, # of the specialist
@@ -148,7 +148,7 @@ def evidence(
         at = [i for i in range(len(batch)) if size(i)==s]
         yield at,_evidence(batch, needs, at, pixels, native, silence)
 
-# %% ../../nbs/20_specialist.ipynb #991e3bad
+# %% ../../nbs/20_specialist.ipynb #e26061ae
 def _evidence(batch, needs, at, pixels, native, sound):
     "The `Evidence` of clips of one size"
     x,n = torch.stack([pixels[i] for i in at]),len(at)
@@ -164,7 +164,7 @@ def _evidence(batch, needs, at, pixels, native, sound):
         e.sound = torch.stack([sound[i] for i in at]) if heard else torch.zeros(n, 640*x.shape[1], device=x.device)
     return e
 
-# %% ../../nbs/20_specialist.ipynb #18872bac
+# %% ../../nbs/20_specialist.ipynb #56b9e33a
 MODULES = {} # code -> class; each specialist's chapter adds its own
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class SpecialistConfig:
         if self.evidence not in ('native','degraded'): raise EvidenceError(f"evidence is 'native' or 'degraded', not {self.evidence!r}")
         if self.width%self.heads: raise EvidenceError(f'{self.heads} heads do not share {self.width} channels evenly')
 
-# %% ../../nbs/20_specialist.ipynb #0ba53a2f
+# %% ../../nbs/20_specialist.ipynb #d22584ce
 @dataclass
 class Answer:
     "What a specialist says of B clips"
@@ -199,7 +199,17 @@ class Answer:
     @property
     def features(self): return self.maps.flatten(1) # (B,C*49)
 
-# %% ../../nbs/20_specialist.ipynb #cb240f30
+# %% ../../nbs/20_specialist.ipynb #8dad7f08
+def alike(
+    x:Tensor, # (B,W)
+    p:float, # share that is dropped
+    couple:Tensor, # (B,) number of the couple, from 0
+)->Tensor: # (B,W)
+    "Dropout that treats the two of a couple alike"
+    keep = torch.rand(len(x), x.shape[1], device=x.device)>=p
+    return x*keep[couple]/(1-p)
+
+# %% ../../nbs/20_specialist.ipynb #1f0eacb0
 def classifier(
     width:int, # of what comes in
     dropouts:tuple, # of the three layers
@@ -222,7 +232,7 @@ class Specialist(nn.Module):
         self.before,self.attend,self.after = nn.LayerNorm(W),nn.MultiheadAttention(W, cfg.heads, batch_first=True),nn.LayerNorm(W)
         self.classify = classifier(W, cfg.dropouts)
 
-# %% ../../nbs/20_specialist.ipynb #cdd0359c
+# %% ../../nbs/20_specialist.ipynb #1f981a76
 @patch
 def module_map(self:Specialist,
     batch, # a `Batch`
@@ -236,7 +246,7 @@ def module_map(self:Specialist,
     back = torch.tensor(at, device=batch.frames.device).argsort()
     return torch.cat(maps)[back],torch.cat(abstains)[back]
 
-# %% ../../nbs/20_specialist.ipynb #5aec9706
+# %% ../../nbs/20_specialist.ipynb #6a50bd67
 @patch
 def tokens(self:Specialist,
     seen:Tensor, # (B,D,7,7) of the backbone
@@ -250,7 +260,7 @@ def tokens(self:Specialist,
     else: x = torch.stack([self.join(a.mean(1)), self.join_module(b.mT.flatten(1))], 1)
     return x+self.place
 
-# %% ../../nbs/20_specialist.ipynb #7e2c6124
+# %% ../../nbs/20_specialist.ipynb #0b3bf02f
 @patch
 def forward(self:Specialist,
     batch, # a `Batch` of bytes, with what the module needs
@@ -259,13 +269,23 @@ def forward(self:Specialist,
     maps,abstains = self.module_map(batch)
     seen = self.backbone(batch.frames[:,batch.frames.shape[1]//2] if batch.look is None else batch.look)
     if seen.shape[-1]!=GRID or seen.shape[-2]!=GRID: raise EvidenceError(f'{self.cfg.backbone} makes a map of {tuple(seen.shape[-2:])} cells of crops of {batch.frames.shape[-1]} pixels, {GRID} x {GRID} are needed. Take crops of {32*GRID} pixels')
-    silent = abstains|(torch.rand(len(maps), device=maps.device)<self.cfg.null) if self.training else abstains
+    couple = batch.pair.unique(return_inverse=True)[1] # masks are drawn once for a couple: drawn anew, their noise hides what tells the two apart
+    silent = abstains|(torch.rand(len(maps), device=maps.device)<self.cfg.null)[couple] if self.training else abstains
     x = self.tokens(seen, maps, silent)
     ask = (self.ask+x.mean(1))[:,None]
     every = self.before(torch.cat([ask, x], 1))
     got,weights = self.attend(every[:,:1], every, every, average_attn_weights=False)
-    logits = self.classify(self.after(ask+got)[:,0])
+    logits = self.judge(self.after(ask+got)[:,0], couple)
     return Answer(logits, self._shape(weights[:,:,0,1:]), abstains, maps)
+
+@patch
+def judge(self:Specialist,
+    x:Tensor, # (B,W)
+    couple:Tensor, # (B,) number of the couple, from 0
+)->Tensor: # (B,2)
+    "The classifier, with one dropout mask for both of a couple"
+    for f in self.classify: x = alike(x, f.p, couple) if self.training and isinstance(f, nn.Dropout) else f(x)
+    return x
 
 @patch
 def _shape(self:Specialist, w): return w.unflatten(2, (GRID, GRID)) if self.module.spatial else w
