@@ -7,13 +7,11 @@ __all__ = ['BiasError', 'wilson', 'newcombe', 'from_keys', 'per_video', 'face_si
            'epoch_row', 'BiasFigure', 'logit_adjust', 'adjusted_cross_entropy', 'choose_threshold', 'before_after']
 
 # %% ../nbs/31b_bias.ipynb #850a27ba
-import math,time,numpy as np,pandas as pd,torch,matplotlib.pyplot as plt
-from io import BytesIO
+import math,numpy as np,pandas as pd,torch,matplotlib.pyplot as plt
 from fastcore.basics import patch
-from IPython import get_ipython
-from IPython.display import display,Image
 from scipy.stats import binom
 from torch import Tensor
+from .show import Redrawn
 from .leakage import LeakError
 from .losses import cross_entropy
 from .metrics import MetricError,aggregate,checked,video_of
@@ -166,12 +164,9 @@ def epoch_row(
     return dict(epoch=epoch, **{k:rows[0][k] for k in ('real','fake','gap')}, alarm=words, table=rows, missing=t.attrs['missing'])
 
 # %% ../nbs/31b_bias.ipynb #0231459e
-class BiasFigure:
+class BiasFigure(Redrawn):
     "Accuracy on reals against accuracy on fakes over the epochs, and the newest slices, redrawn in place"
-    def __init__(self,
-        every:float=10., # s between two drawings
-        steady=time.monotonic, # () -> s
-    ): self.every,self.steady,self.rows,self.drawn,self._last,self._handle = every,steady,{},0,-math.inf,None
+    def __init__(self, **kw): self.rows = {}; super().__init__(**kw) # kw: of `Redrawn`
     def draw(self): # the figure
         "The figure of now"
         if not self.rows: raise BiasError('no row was given: call `update` with the row of an epoch')
@@ -194,13 +189,7 @@ def update(self:BiasFigure,
 )->bool: # was it drawn
     "Keep the row, draw, and put it where the last figure was"
     self.rows[row['epoch']] = row
-    if not force and self.steady()-self._last<self.every: return False
-    fig = self.draw(); buf = BytesIO(); fig.savefig(buf, format='png'); plt.close(fig)
-    self._last,self.drawn,self.png = self.steady(),self.drawn+1,buf.getvalue()
-    if get_ipython() is None: return True
-    if self._handle is None: self._handle = display(Image(self.png), display_id=True)
-    else: self._handle.update(Image(self.png))
-    return True
+    return self.put(self.draw, force)
 
 # %% ../nbs/31b_bias.ipynb #dc366e99
 def _log_prior(prior, logits):

@@ -8,10 +8,8 @@ __all__ = ['METRICS_MIME', 'JournalError', 'plain', 'read_rows', 'Journal', 'age
 # %% ../nbs/34_journal.ipynb #a8ee8443
 import fcntl,json,math,os,time,matplotlib.pyplot as plt
 from fastcore.basics import patch
-from IPython import get_ipython
-from IPython.display import display,Image
-from io import BytesIO
 from pathlib import Path
+from .show import Redrawn
 from .pack import file_time,read_json,write_json
 
 # %% ../nbs/34_journal.ipynb #82a16a8c
@@ -115,13 +113,12 @@ def lift_metrics(
     return [o['data'][METRICS_MIME] for c in nb['cells'] for o in c.get('outputs', []) if METRICS_MIME in o.get('data', {})]
 
 # %% ../nbs/34_journal.ipynb #b789355c
-class LiveFigure:
+class LiveFigure(Redrawn):
     "Loss and evaluation in one figure, redrawn in place"
     def __init__(self,
         metric:str='auc', # of the evaluations, the right panel
-        every:float=10., # s between two drawings
-        steady=time.monotonic, # () -> s
-    ): self.metric,self.every,self.steady,self.drawn,self._last,self._handle = metric,every,steady,0,-math.inf,None
+        **kw, # of `Redrawn`
+    ): self.metric = metric; super().__init__(**kw)
     def draw(self,
         history, # with steps, losses, evals [(step, dict)]
     ): # the figure
@@ -142,10 +139,4 @@ def update(self:LiveFigure,
     force:bool=False, # also if it was drawn just now
 )->bool: # was it drawn
     "Draw, and put it where the last one was"
-    if not force and self.steady()-self._last<self.every: return False
-    fig = self.draw(history); buf = BytesIO(); fig.savefig(buf, format='png'); plt.close(fig)
-    self._last,self.drawn,self.png = self.steady(),self.drawn+1,buf.getvalue()
-    if get_ipython() is None: return True
-    if self._handle is None: self._handle = display(Image(self.png), display_id=True)
-    else: self._handle.update(Image(self.png))
-    return True
+    return self.put(lambda: self.draw(history), force)

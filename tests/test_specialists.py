@@ -1,5 +1,5 @@
 "All 24 pairs of a specialist and a stage, each from the weights of the stage before; what is refused; a walk over chunks that is stopped and goes on; EfficientNet-B4"
-import json,os,shutil,signal
+import ast,json,os,shutil,signal
 from dataclasses import replace
 import matplotlib.pyplot as plt,nbformat,numpy as np,pytest,safetensors.torch,timm,torch
 from IPython.display import display
@@ -32,6 +32,11 @@ def room(tmp_path_factory):
     miniature('dfdc', d, frames=64)
     return d
 
+def imported(source):
+    "Names that a cell's imports bind"
+    for n in ast.walk(ast.parse(source)):
+        if isinstance(n, (ast.Import,ast.ImportFrom)): yield from (a.asname or a.name for a in n.names)
+
 def run(room, code, stage, **kw):
     "The cells of the stage notebook, one after the other, in this process"
     given = dict(preset='tiny', specialist=code, stage=stage, checkpoints=str(room/'models'/code))
@@ -47,6 +52,11 @@ def run(room, code, stage, **kw):
     finally: plt.close('all')
     return space
 
+@pytest.mark.parametrize('path', sorted(notebook('specialist_stage').parent.glob('*.ipynb')), ids=lambda p: p.stem)
+def test_no_import_takes_the_place_of_a_parameter(path):
+    bound = {n for c in nbformat.read(path, 4).cells if c.cell_type=='code' for n in imported(c.source)}
+    assert '*' not in bound and not bound&set(declared(path))
+
 @pytest.mark.parametrize('code', ORDER)
 def test_four_stages_each_from_the_one_before(room, code, capsys):
     seen = []
@@ -59,6 +69,7 @@ def test_four_stages_each_from_the_one_before(room, code, capsys):
         assert w['evidence']==('crop' if not native else 'degraded' if stage==3 else 'native')
         assert w['made_here']==('shifted sound' if code=='AV' and stage<4 else '')
     model = load_model(room/'models'/code/'stage_4', 'stage_4')
+    assert not torch.equal(model.module.spread, torch.ones_like(model.module.spread)) # it took its scale from the first data
     assert model.cfg.code==code and model.cfg.dropouts==(.4,.3,.2) and seen[3]['chunks']=='00, 01'
 
 def test_the_record_of_a_run(room, tmp_path):
@@ -114,6 +125,24 @@ def test_chunks_stopped_at_a_batch_and_resumed_end_the_same(room, tmp_path, monk
     with pytest.raises(TrainingError, match='SIGTERM'): go('stopped', at)
     again = go('stopped')
     assert again['model_sha256']==whole['model_sha256'] and again['chunks']==whole['chunks']=='00, 01'
+
+def test_money_that_ends_in_a_chunk_leaves_it_undone(room, tmp_path):
+    "The chunk is not marked as done, its checkpoint stays, and with more money it goes on"
+    kw = dict(checkpoints=str(tmp_path), from_checkpoint=str(one_of(room, 'LL', 3)), store=str(room/'chunks_LL'))
+    w = run(room, 'LL', 4, budget=1e-9, **kw)['words']
+    assert w['reason']=='budget' and w['chunks']=='' and (tmp_path/'stage_4'/'00').is_dir() and not list((tmp_path/'stage_4'/'marks').glob('*/done.json'))
+    assert run(room, 'LL', 4, **kw)['words']['chunks']=='00, 01'
+
+@pytest.mark.parametrize('kw', [dict(curriculum='loss', epochs=2), dict(correction='weights'), dict(correction='logits'), dict(correction='none', clahe=True)], ids=str)
+def test_options_of_a_stage(room, tmp_path, kw):
+    s = run(room, 'LL', 2, checkpoints=str(tmp_path), from_checkpoint=str(one_of(room, 'LL', 1)), **kw)
+    assert s['words']['reason']=='steps' and (s['w'].source.counts==(1,1))==('correction' not in kw)
+    assert (tmp_path/'stage_2'/'difficulty.json').exists()==('curriculum' in kw)
+    if 'curriculum' in kw: assert run(room, 'LL', 2, checkpoints=str(tmp_path), from_checkpoint=str(one_of(room, 'LL', 1)), **kw)['words']['resumed']==s['words']['steps']
+
+def test_other_data_do_not_meet_the_checkpoints_of_these(room, tmp_path):
+    run(room, 'LL', 1, checkpoints=str(tmp_path))
+    with pytest.raises(StageError, match='another training is kept here'): run(room, 'LL', 1, checkpoints=str(tmp_path), any_data=True, store=str(room/'store_2'))
 
 def test_folds_hold_every_group_out_once(room, tmp_path):
     s = run(room, 'LL', 1, folds=3, checkpoints=str(tmp_path))

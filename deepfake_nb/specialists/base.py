@@ -6,14 +6,14 @@
 __all__ = ['GRID', 'CHANNELS', 'NAMES', 'MODULES', 'EvidenceError', 'Needs', 'Evidence', 'luma', 'to_grid', 'Module',
            'check_evidence', 'evidence', 'SpecialistConfig', 'Answer', 'alike', 'classifier', 'Specialist']
 
-# %% ../../nbs/20_specialist.ipynb #4737d67d
+# %% ../../nbs/20_specialist.ipynb #149a7808
 import math,numpy as np,torch,torch.nn.functional as F
 from dataclasses import dataclass,fields,replace
 from fastcore.basics import patch
 from torch import nn,Tensor
 from ..backbones import load_backbone
 
-# %% ../../nbs/20_specialist.ipynb #4f0fe708
+# %% ../../nbs/20_specialist.ipynb #dbb55bb8
 GRID = 7 # cells a side
 CHANNELS = dict(BG=44, AV=48, CM=40, RR=36, LL=68, TM=52) # of each module
 NAMES = dict(BG='background', AV='sound and lips', CM='compression', RR='resampling', LL='low light', TM='time')
@@ -21,7 +21,7 @@ NAMES = dict(BG='background', AV='sound and lips', CM='compression', RR='resampl
 class EvidenceError(Exception):
     "Input that lacks, or has lost, what a specialist looks at"
 
-# %% ../../nbs/20_specialist.ipynb #56580842
+# %% ../../nbs/20_specialist.ipynb #1782a919
 @dataclass(frozen=True)
 class Needs:
     "What a specialist must be given"
@@ -31,8 +31,9 @@ class Needs:
     sound:bool=False # with the mouth beside it
     seconds:float=0. # least length of the clip
     @property
-    def extras(self): return tuple(n for n,b in (('native', self.pixels=='native'), ('mask', self.mask), ('sound', self.sound)) if b) # what the loader must read besides#%%
-#| export
+    def extras(self): return tuple(n for n,b in (('native', self.pixels=='native'), ('mask', self.mask), ('sound', self.sound)) if b) # what the loader must read besides
+
+# %% ../../nbs/20_specialist.ipynb #89463221
 @dataclass
 class Evidence:
     "Input of a module: B clips of one size"
@@ -48,7 +49,7 @@ class Evidence:
     def face(self): return None if self.mask is None else self.mask[:,self.mask.shape[1]//2] # `(B,h,w)` of that frame
     def __len__(self): return len(self.pixels)
 
-# %% ../../nbs/20_specialist.ipynb #337ef36b
+# %% ../../nbs/20_specialist.ipynb #4e465b8f
 def luma(
     x:Tensor, # (...,3,h,w) RGB
 )->Tensor: # (...,h,w)
@@ -61,7 +62,7 @@ def to_grid(
     "Mean of each cell"
     return F.adaptive_avg_pool2d(x, GRID)
 
-# %% ../../nbs/20_specialist.ipynb #e05a0ac7
+# %% ../../nbs/20_specialist.ipynb #7cee4dcf
 class Module(nn.Module):
     "Fixed forensic maps, then a small learned part; a subclass gives `code`, `needs`, `branches` and `maps`"
     code,needs,branches = '',Needs(),{} # `branches`: name -> channels, in order
@@ -79,7 +80,7 @@ class Module(nn.Module):
         "Where there is nothing to judge"
         return torch.zeros(len(e), dtype=torch.bool, device=e.pixels.device)
 
-# %% ../../nbs/20_specialist.ipynb #bf1cb4d7
+# %% ../../nbs/20_specialist.ipynb #045cdb5b
 @patch
 def forward(self:Module,
     e:Evidence, # B clips
@@ -97,7 +98,7 @@ def calibrate(self:Module,
     self.center.copy_(maps.mean((0,2,3))); self.spread.copy_(maps.std((0,2,3)).clamp_min(1e-3))
     return self
 
-# %% ../../nbs/20_specialist.ipynb #fa7f918d
+# %% ../../nbs/20_specialist.ipynb #88269de9
 @patch
 def features(self:Module, e:Evidence)->Tensor: return self(e).flatten(1) # (B,C*49)
 
@@ -106,7 +107,7 @@ def channel_names(self:Module)->list: # 'dct 0', ...
     "A name for each channel: its branch and a number"
     return [f'{b} {i}' for b,n in self.branches.items() for i in range(n)]
 
-# %% ../../nbs/20_specialist.ipynb #8a2f265c
+# %% ../../nbs/20_specialist.ipynb #1ffcbbef
 def _refuse(code, what, remedy): raise EvidenceError(f'{code} {what}. {remedy}')
 
 def check_evidence(
@@ -125,13 +126,13 @@ def check_evidence(
     if needs.sound and batch.sound is None: _refuse(code, 'listens, and no sound was read', "Ask the loader for 'sound'")
     if needs.pixels=='native' and not degraded: _check_native(batch, code)
 
-# %% ../../nbs/20_specialist.ipynb #c6c61218
+# %% ../../nbs/20_specialist.ipynb #06ce4c8f
 def _check_native(batch, code):
     "Native pixels, on the grid of the codec"
     if batch.native is None: _refuse(code, "looks at the frame's own pixels, and these were resized to a crop", "Prepare with native=True and ask the loader for 'native'; evidence='degraded' trains on what is left, and the record says so")
     if off := [k for k,o in zip(batch.key, batch.offset) if (o%8).any()]: _refuse(code, f"is given patches that do not start on the codec's grid of 8 ({off[0]})", 'Prepare again with native=True')
 
-# %% ../../nbs/20_specialist.ipynb #6213fe47
+# %% ../../nbs/20_specialist.ipynb #477dbfd8
 def evidence(
     batch, # a `Batch` of B clips
     needs:Needs, # of the specialist
@@ -148,7 +149,7 @@ def evidence(
         at = [i for i in range(len(batch)) if size(i)==s]
         yield at,_evidence(batch, needs, at, pixels, native, silence)
 
-# %% ../../nbs/20_specialist.ipynb #e26061ae
+# %% ../../nbs/20_specialist.ipynb #c64750f7
 def _evidence(batch, needs, at, pixels, native, sound):
     "The `Evidence` of clips of one size"
     x,n = torch.stack([pixels[i] for i in at]),len(at)
@@ -164,7 +165,7 @@ def _evidence(batch, needs, at, pixels, native, sound):
         e.sound = torch.stack([sound[i] for i in at]) if heard else torch.zeros(n, 640*x.shape[1], device=x.device)
     return e
 
-# %% ../../nbs/20_specialist.ipynb #56b9e33a
+# %% ../../nbs/20_specialist.ipynb #a717dc6a
 MODULES = {} # code -> class; each specialist's chapter adds its own
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class SpecialistConfig:
         if self.evidence not in ('native','degraded'): raise EvidenceError(f"evidence is 'native' or 'degraded', not {self.evidence!r}")
         if self.width%self.heads: raise EvidenceError(f'{self.heads} heads do not share {self.width} channels evenly')
 
-# %% ../../nbs/20_specialist.ipynb #d22584ce
+# %% ../../nbs/20_specialist.ipynb #9723337d
 @dataclass
 class Answer:
     "What a specialist says of B clips"
@@ -199,7 +200,7 @@ class Answer:
     @property
     def features(self): return self.maps.flatten(1) # (B,C*49)
 
-# %% ../../nbs/20_specialist.ipynb #8dad7f08
+# %% ../../nbs/20_specialist.ipynb #58d17d6a
 def alike(
     x:Tensor, # (B,W)
     p:float, # share that is dropped
@@ -209,7 +210,7 @@ def alike(
     keep = torch.rand(len(x), x.shape[1], device=x.device)>=p
     return x*keep[couple]/(1-p)
 
-# %% ../../nbs/20_specialist.ipynb #1f0eacb0
+# %% ../../nbs/20_specialist.ipynb #add049a2
 def classifier(
     width:int, # of what comes in
     dropouts:tuple, # of the three layers
@@ -232,7 +233,7 @@ class Specialist(nn.Module):
         self.before,self.attend,self.after = nn.LayerNorm(W),nn.MultiheadAttention(W, cfg.heads, batch_first=True),nn.LayerNorm(W)
         self.classify = classifier(W, cfg.dropouts)
 
-# %% ../../nbs/20_specialist.ipynb #1f981a76
+# %% ../../nbs/20_specialist.ipynb #07c79b1b
 @patch
 def module_map(self:Specialist,
     batch, # a `Batch`
@@ -246,7 +247,7 @@ def module_map(self:Specialist,
     back = torch.tensor(at, device=batch.frames.device).argsort()
     return torch.cat(maps)[back],torch.cat(abstains)[back]
 
-# %% ../../nbs/20_specialist.ipynb #6a50bd67
+# %% ../../nbs/20_specialist.ipynb #efff8990
 @patch
 def tokens(self:Specialist,
     seen:Tensor, # (B,D,7,7) of the backbone
@@ -260,7 +261,7 @@ def tokens(self:Specialist,
     else: x = torch.stack([self.join(a.mean(1)), self.join_module(b.mT.flatten(1))], 1)
     return x+self.place
 
-# %% ../../nbs/20_specialist.ipynb #0b3bf02f
+# %% ../../nbs/20_specialist.ipynb #526ead5a
 @patch
 def forward(self:Specialist,
     batch, # a `Batch` of bytes, with what the module needs

@@ -7,7 +7,7 @@ __all__ = ['PHOTOS', 'SIZE', 'RATE', 'FPS', 'PAIRS', 'photos', 'source_of', 'pan
            'rr_pair', 'll_pair', 'bg_pair', 'tm_pair', 'syllables', 'shifted', 'make_pair', 'Probe', 'linear_probe',
            'probe_features', 'rgb_means', 'specialist_probe', 'control_probe']
 
-# %% ../../nbs/20b_proof.ipynb #46abeea1
+# %% ../../nbs/20b_proof.ipynb #c6c4e52d
 import cv2,numpy as np,torch
 from functools import cache
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..clips import decode_crop,encode_crop
 from .base import Evidence,to_grid
 
-# %% ../../nbs/20b_proof.ipynb #5c664331
+# %% ../../nbs/20b_proof.ipynb #f088b1f2
 PHOTOS = dict(skimage='astronaut brick camera cell chelsea clock_motion coffee coins grass gravel hubble_deep_field ihc moon motorcycle_left motorcycle_right retina rocket'.split(),
               sklearn='china flower'.split()) # bundled with their packages
 
@@ -36,7 +36,7 @@ def _smaller(path, side):
 
 def source_of(name): return name.split('_')[0] # left and right are one motorcycle
 
-# %% ../../nbs/20b_proof.ipynb #4105c46a
+# %% ../../nbs/20b_proof.ipynb #0da5c9c6
 SIZE = 224
 
 def pan_clip(
@@ -61,7 +61,7 @@ def ellipse(h=SIZE, w=SIZE, rx=.28, ry=.36): # (h,w) float32, a face as the proo
     y,x = np.mgrid[:h,:w]
     return ((((x+.5)/w-.5)/rx)**2+(((y+.5)/h-.5)/ry)**2<=1).astype(np.float32)
 
-# %% ../../nbs/20b_proof.ipynb #dd13bf6e
+# %% ../../nbs/20b_proof.ipynb #382656db
 def jpeg(x, quality): # one frame after JPEG
     "Through the encoder and back"
     return decode_crop(encode_crop(x, 'jpeg', quality, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_420))
@@ -77,7 +77,7 @@ def rr_pair(clip, rng, factor=2., up=cv2.INTER_CUBIC):
     n = round(SIZE/factor)
     return clip,np.stack([cv2.resize(cv2.resize(f, (n,n), interpolation=cv2.INTER_AREA), (SIZE,SIZE), interpolation=up) for f in clip])
 
-# %% ../../nbs/20b_proof.ipynb #09a3f988
+# %% ../../nbs/20b_proof.ipynb #cdfdbd65
 def ll_pair(clip, rng, gain=.25, photons=1000.):
     "As it is, or taken with a quarter of the light and made as bright again: the mean is the same, the photons are fewer"
     dark = rng.poisson(clip/255.*gain*photons)/(gain*photons)*255.
@@ -90,14 +90,14 @@ def bg_pair(clip, rng, noise=5., sigma=.8):
     m = cv2.GaussianBlur(ellipse(), (0,0), 3.)[...,None]
     return x,np.stack([as_bytes(m*cv2.GaussianBlur(f, (0,0), sigma)+(1-m)*f.astype(np.float32)) for f in x])
 
-# %% ../../nbs/20b_proof.ipynb #7abc9148
+# %% ../../nbs/20b_proof.ipynb #7d70e7aa
 def tm_pair(clip, rng, flicker=.03, noise=2.):
     "A noisy film, or the same whose middle grows a little brighter and darker at random"
     x = clip+rng.normal(0, noise, clip.shape)
     m = cv2.GaussianBlur(ellipse(), (0,0), 12.)[...,None]
     return as_bytes(x),as_bytes(x*(1+m*rng.normal(0, flicker, (len(clip),1,1,1))))
 
-# %% ../../nbs/20b_proof.ipynb #37fde899
+# %% ../../nbs/20b_proof.ipynb #f5c9b5c7
 RATE,FPS = 16000,25
 
 def syllables(
@@ -120,7 +120,7 @@ def shifted(
     "The same sound at another moment; what leaves at one end comes back at the other"
     return np.roll(sound, round(seconds*RATE))
 
-# %% ../../nbs/20b_proof.ipynb #b4113022
+# %% ../../nbs/20b_proof.ipynb #47001334
 PAIRS = dict(BG=bg_pair, CM=cm_pair, RR=rr_pair, LL=ll_pair, TM=tm_pair)
 
 def make_pair(
@@ -138,7 +138,7 @@ def make_pair(
     T = lambda *x: torch.from_numpy(np.stack(x))
     return Evidence(T(*pair).permute(0,1,4,2,3).float(), T(ellipse(), ellipse())[:,None].expand(-1, frames, -1, -1), T(mouth, mouth), T(sound, late), torch.ones(2, dtype=torch.bool))
 
-# %% ../../nbs/20b_proof.ipynb #d8352d24
+# %% ../../nbs/20b_proof.ipynb #271d5ddb
 @dataclass
 class Probe:
     "How well a straight line through the features tells the artefact"
@@ -166,7 +166,7 @@ def linear_probe(
     pick = np.random.default_rng(seed).integers(len(names), size=(2000, len(names)))
     return Probe(float(right.mean()), *np.quantile(good[pick].sum(1)/all_[pick].sum(1), (.025,.975)).tolist(), len(y), len(names))
 
-# %% ../../nbs/20b_proof.ipynb #981edb48
+# %% ../../nbs/20b_proof.ipynb #e49d201c
 @torch.no_grad()
 def probe_features(
     read, # Evidence -> (2,d) features: a module's `features`, or `rgb_means`
