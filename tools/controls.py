@@ -9,7 +9,7 @@ from deepfake_nb.blend import VideoSBI
 from deepfake_nb.stores import build_store
 from deepfake_nb.clips import ClipSampler
 from deepfake_nb.controls import PROBES,by_draw,controls,leaks,readings
-from deepfake_nb.plan import find_videos,settings,store_folder
+from deepfake_nb.presets import find_videos,settings,store_folder
 
 CHEAP = {k:f for k,f in PROBES.items() if k!='codec'}
 FORGES = { # name -> settings of `VideoSBI`, readers

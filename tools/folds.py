@@ -8,7 +8,7 @@ import torch
 from deepfake_nb.ablation import fold
 from deepfake_nb.stores import build_store
 from deepfake_nb.clips import real_groups
-from deepfake_nb.plan import find_videos,settings,store_folder
+from deepfake_nb.presets import find_videos,settings,store_folder
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -16,7 +16,7 @@ def train(a):
     from deepfake_nb.journal import Journal
     from deepfake_nb.losses import stf_loss
     from deepfake_nb.evaluation import judge_pairs
-    from deepfake_nb.plan import find_videos,settings,store_folder
+    from deepfake_nb.presets import find_videos,settings,store_folder
     from deepfake_nb.stf_mamba import build_stf_mamba
     from deepfake_nb.training import pair_epochs,train as run
     cfg = settings('demo', steps=a.steps); store = build_store(find_videos(''), store_folder('', cfg), size=cfg.size).store()
@@ -34,7 +34,7 @@ def judge(a):
     from deepfake_nb.backbones import standardise
     from deepfake_nb.evaluation import colours
     from deepfake_nb.metrics import auc,bootstrap
-    from deepfake_nb.plan import settings
+    from deepfake_nb.presets import settings
     from deepfake_nb.stf_mamba import build_stf_mamba
     cfg = settings('demo'); names = lambda given,kind: given.split(',') if given else sorted(p.stem for p in a.out.glob(f'*.{kind}'))
     for name in names(a.models, 'pt'):

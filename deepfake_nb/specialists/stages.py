@@ -32,7 +32,7 @@ from ..bias import adjusted_cross_entropy,before_after,epoch_row,face_size_bins,
 from ..curriculum import Curriculum,difficulty_by_damage,difficulty_by_loss,folds
 from ..checkpoints import damage,fill
 from ..training import STAGES,by_epochs,stage_config,train
-from ..plan import digest,prepared
+from ..presets import digest,prepared
 
 # %% ../../nbs/51b_stages.ipynb #1c31688f
 class StageError(Exception):
@@ -417,14 +417,13 @@ def train_on(
     stage, # a `Stage`
     cfg:SpecialistPreset, folder, # of the checkpoints
     seed:int=0, use_clahe:bool=False, correction:str='balanced', about:dict=None, # of the `Work`
-    resume:bool=True, **kw, # of `train`: budget, live
+    resume:bool=True, save_minutes:float=180., **kw, # of `train`: world, budget, live, shelf
 ): # `History`
     "The epochs of a stage over one source; stopped anywhere, it goes on from there"
     part = replace(stage, chunks=0, restarts=False, epochs=cfg.epochs or stage.epochs)
-    how = stage_config(part, source.n, seed=seed, backbone_scale=1., eval_every=source.n, save_minutes=180., optimizer=cfg.optimizer)
+    how = stage_config(part, source.n, seed=seed, backbone_scale=1., eval_every=source.n, save_every=source.n, save_minutes=save_minutes, optimizer=cfg.optimizer)
     same_training(folder, dict(about or {}, steps=how.steps, lr=stage.lr, pairs=cfg.pairs, seed=seed, clahe=use_clahe, correction=correction, curriculum=c.hash if (c := getattr(source, 'curriculum', None)) else ''), resume)
-    make = lambda epoch,first: (augment(b, seed, use_clahe) for b in source.batches(epoch, first))
-    return train(model, by_epochs(make, source.n), stage_loss(stage, source.counts, correction), how, evaluate=judge, folder=folder, resume=resume, **kw)
+    return train(model, by_epochs(source.batches, source.n, partial(augment, seed=seed, use_clahe=use_clahe)), stage_loss(stage, source.counts, correction), how, evaluate=judge, folder=folder, resume=resume, **kw)
 
 # %% ../../nbs/51b_stages.ipynb #3524c74f
 def plan_curriculum(
