@@ -18,7 +18,7 @@ from pathlib import Path
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn
 from .pack import read_json
 from .batches import pair_loader
-from .checkpoints import Lease,fill,latest,load_checkpoint,save_checkpoint,save_weights,tidy
+from .checkpoints import Lease,describe,estimate,fill,latest,load_checkpoint,room,save_checkpoint,save_weights,tidy
 from .shelf import finished,mark_finished
 from .journal import Journal,LiveFigure,plain
 from .optimizers import AdamW8bit
@@ -240,6 +240,7 @@ def restore(self:Loop, found):
     self.comparable(was, s.get('world', 1))
     differ = [f'{k} was {was[k]!r} and is {v!r}' for k,v in new.items() if was.get(k, v)!=v]
     self.history.said += found.said+[f'resumed with other settings: {d}' for d in differ]
+    if (code := found.manifest.get('code')) and code!=describe(self.model)['code']: self.history.said.append(f"resumed with another version of the code: the checkpoint is of commit {found.manifest['commit'][:7] or '(unknown)'}")
     self.step,self.cursor,self.saved,self.fixed = s['step'],s['cursor'],s['step'],s.get('fixed', 0)
     if self.fixed: self.plan = replace(self.cfg, steps=s['steps'])
     self.opt.load_state_dict(s['optimizer'])
@@ -363,6 +364,7 @@ def begin(self:Loop, resume):
     else:
         torch.manual_seed(self.cfg.seed+10**6*self.ranks.rank)
         if found or kept: self.history.said.append(f'started anew beside {f"the checkpoints of step {found.step}" if found else "a finished training"}: resume was off')
+    if self.folder is not None and self.ranks.chief: room(self.folder, estimate(self.model, bits=8 if self.cfg.optimizer=='adamw8bit' else 32))
     self.ranks.spread([*self.model.parameters(), *self.model.buffers()])
     self.batches = iter(self.loader_fn(self.cursor+self.ranks.rank, self.ranks.world) if self.ranks.world>1 else self.loader_fn(self.cursor)); self.model.train()
     self.save_at = self.steady()+60*self.cfg.save_minutes
@@ -383,6 +385,7 @@ def end(self:Loop, why):
         h.said.append(f'{who} ended it at step {self.step} of {self.plan.steps}: the schedule was cut short, the learning rate had come down to {cosine_lr(self.step, self.plan)/self.cfg.lr:.0%} of its top')
     h.plan = dict(train=asdict(self.cfg), steps=self.plan.steps, world=self.ranks.world)
     if self.budget: h.spent = self.budget.report()
+    if self.shelf: h.said += self.shelf.said
     for s in h.said: self.journal.log(step=self.step, said=s)
     self.beat('done' if why=='steps' else why)
     if self.live: self.live.update(h, force=True)
