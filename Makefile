@@ -4,6 +4,7 @@ PY := .venv/bin/python
 VIDEOS ?=
 PRESET ?= demo
 SOAK ?= 50
+KILLS ?= 200
 # One maths thread a process: the numbers of a chapter then do not depend on how many run beside it.
 ONE := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -14,7 +15,7 @@ export HF_HUB_OFFLINE := 1
 help:
 	@echo "make demo     prepare -> Phase A -> gate -> Phase B -> evaluate, on the sample clips; VIDEOS=folder for your own"
 	@echo "make test     every check: drift, chapters, laws, tests"
-	@echo "make soak     long counts: kills and corrupted inputs (SOAK=50)"
+	@echo "make soak     long counts: kills and corrupted inputs (SOAK=50), the crash laboratory (KILLS=200)"
 	@echo "make lab      the workbook in JupyterLab"
 	@echo "make bench    what things cost, as figures and ratios of one run"
 	@echo "make outputs  run every chapter again and keep its outputs"
@@ -33,7 +34,8 @@ test: .venv/ready
 	$(ONE) $(PY) tools/check.py
 
 soak: .venv/ready
-	$(ONE) SOAK=$(SOAK) $(PY) -m pytest -s tests/test_store.py tests/test_checkpoints.py tests/test_training.py tests/test_video.py tests/test_forge.py tests/test_compile.py tests/test_chunks.py tests/test_datasets.py
+	$(ONE) SOAK=$(SOAK) $(PY) -m pytest -s tests/test_store.py tests/test_checkpoints.py tests/test_training.py tests/test_video.py tests/test_forge.py tests/test_compile.py tests/test_chunks.py tests/test_datasets.py tests/test_budget.py tests/test_progress.py tests/test_plan.py
+	$(ONE) SOAK=$(KILLS) $(PY) -m pytest -s tests/test_crashes.py
 
 lab: .venv/ready
 	$(PY) -m jupyter lab --notebook-dir=nbs

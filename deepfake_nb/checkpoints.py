@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'MARGIN', 'FINISHED', 'MODELS', 'CheckpointError', 'weights_bytes', 'state_bytes', 'describe', 'commit',
-           'tree_sha256', 'estimate', 'damage', 'outlived', 'drop', 'spare', 'room', 'save_checkpoint', 'read_state',
-           'read_tensors', 'Found', 'latest', 'fill', 'load_checkpoint', 'tidy', 'build', 'save_weights', 'card_of',
-           'load_model', 'Lease']
+           'estimate', 'damage', 'outlived', 'drop', 'spare', 'room', 'save_checkpoint', 'read_state', 'read_tensors',
+           'Found', 'latest', 'fill', 'load_checkpoint', 'tidy', 'build', 'save_weights', 'card_of', 'load_model',
+           'Lease']
 
 # %% ../nbs/32_checkpoints.ipynb #334cc2ab
 import fcntl,functools,hashlib,importlib.metadata,io,json,os,pickle,re,shutil,socket,struct,subprocess,uuid,zipfile
@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass,asdict,is_dataclass
 from fastcore.basics import patch
 from pathlib import Path
-from .pack import atomic_write,file_time,read_json,sha256
+from .pack import atomic_write,file_time,read_json,sha256,tree_sha256
 
 # %% ../nbs/32_checkpoints.ipynb #ff29d92a
 class CheckpointError(Exception):
@@ -74,13 +74,6 @@ def commit()->str: # the hash, or '' outside the project's repository
     return out[1] if Path(out[0])==here else ''
 
 # %% ../nbs/32_checkpoints.ipynb #a81d62a3
-def tree_sha256(
-    folder, # a package
-)->str: # one hash over the names and contents of its Python files
-    "Hash of all Python files below `folder`"
-    files = sorted(p for p in Path(folder).rglob('*.py') if '__pycache__' not in p.parts)
-    return hashlib.sha256(''.join(f'{p.relative_to(folder).as_posix()} {sha256(p)}\n' for p in files).encode()).hexdigest()
-
 def _package(): return Path(deepfake_nb.__file__).resolve().parent
 
 @functools.cache

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRESETS', 'PHASE_B', 'PACK_HELD_OUT', 'Preset', 'settings', 'find_videos', 'prepared', 'digest', 'people',
            'store_folder', 'checkpoint_folder', 'grown_folder', 'prolonged', 'more_folder', 'shelf_of', 'balance',
-           'notebook', 'flat', 'last_words', 'caveat']
+           'flat', 'last_words', 'caveat']
 
 # %% ../nbs/51_presets.ipynb #36e5917a
 import hashlib,json
@@ -13,7 +13,6 @@ from fnmatch import fnmatch
 from dataclasses import asdict,dataclass,field,replace
 from pathlib import Path
 from fastcore.basics import patch
-import deepfake_nb
 from .pack import home,read_json
 from .clips import StoreError,real_groups
 from .blend import GENTLE
@@ -205,15 +204,6 @@ def balance(
     own = Ledger(path, {purse:dollars} if new else None, pod='')
     if own.state['purses'].get(purse)!=dollars: own.put(purse, dollars)
     return own
-
-# %% ../nbs/51_presets.ipynb #c45911c6
-def notebook(
-    stage:str, # prepare, phase_a, phase_b, specialist_stage, evaluate or ablation
-)->Path:
-    "The notebook of a stage, in the checkout this package was installed from"
-    p = Path(deepfake_nb.__file__).resolve().parent.parent/'nbs'/'stages'/f'{stage}.ipynb'
-    if not p.exists(): raise FileNotFoundError(f'{p.name} is not beside the package: install from a checkout (`pip install -e .`), or run the notebook with papermill yourself')
-    return p
 
 # %% ../nbs/51_presets.ipynb #52466c49
 def flat(

@@ -4,19 +4,19 @@
 
 # %% auto #0
 __all__ = ['TYPES', 'DIFF', 'DONE_MIME', 'STALE', 'LIMIT', 'EXIT', 'DEAD', 'RunError', 'declared', 'fill', 'git_state',
-           'packages', 'tree_sha256', 'machine', 'emit_done', 'Facts', 'judge_notebook', 'named_metrics', 'is_lost',
-           'silence', 'process_alive', 'machine_id', 'Record', 'run_stage', 'index', 'compare']
+           'packages', 'machine', 'emit_done', 'Facts', 'judge_notebook', 'named_metrics', 'is_lost', 'silence',
+           'process_alive', 'machine_id', 'Record', 'run_stage', 'index', 'compare']
 
 # %% ../nbs/50_runs.ipynb #50e25c9c
 import ast,difflib,hashlib,json,os,platform,runpy,secrets,shutil,signal,subprocess,sys,threading,time
 import importlib.util,nbformat,pandas as pd,papermill as pm,psutil
-from contextlib import contextmanager
+from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass
 from datetime import datetime,timezone
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
-from .pack import atomic_write,file_time,read_json,sha256,write_json
+from .pack import atomic_write,file_time,read_json,sha256,tree_sha256,write_json
 from .journal import METRICS_MIME,lift_metrics
 
 # %% ../nbs/50_runs.ipynb #1900c304
@@ -89,13 +89,6 @@ def git_state(
 def packages()->str: # one `name==version` a line, sorted
     "What is installed, by name and version: no addresses, no paths"
     return ''.join(sorted({f'{d.name.lower()}=={d.version}\n' for d in metadata.distributions()}))
-
-def tree_sha256(
-    folder, # a package
-)->str: # one hash over the names and contents of its Python files
-    "Hash of all Python files below `folder`"
-    files = sorted(p for p in Path(folder).rglob('*.py') if '__pycache__' not in p.parts)
-    return hashlib.sha256(''.join(f'{p.relative_to(folder).as_posix()} {sha256(p)}\n' for p in files).encode()).hexdigest()
 
 # %% ../nbs/50_runs.ipynb #4baba752
 def machine()->dict: # python, torch, cuda, gpu, cores, memory_gb, pod, host
@@ -244,7 +237,7 @@ def _open(notebook, values, given, runs, stage, price): # a new folder with ever
 DEAD = 86 # exit code of the child when its kernel died
 _CHILD = f'''import json,signal,sys,papermill
 from nbclient.exceptions import DeadKernelError
-signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGINT, signal.default_int_handler); signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 try: papermill.execute_notebook(**json.load(sys.stdin))
 except DeadKernelError: sys.exit({DEAD})'''
 
@@ -309,8 +302,8 @@ def _stop(child, folder, got, why, grace):
     "Stop a run: kernel first, then everything, then by force; a second signal goes one step further"
     first = getattr(signal, why, signal.SIGINT)
     for sig,who,seconds in [(first, lambda: _kernel(child), grace), (signal.SIGTERM, lambda: _family(folder), 5), (signal.SIGKILL, lambda: _family(folder), 60)]:
-        _send(who(), signal.SIGTERM if sig==signal.SIGHUP else sig)
-        end,n = time.monotonic()+seconds,len(got)
+        told = who(); _send(told, signal.SIGTERM if sig==signal.SIGHUP else sig)
+        end,n = time.monotonic()+(seconds if told else 0),len(got) # no kernel yet: there is nothing to wait for
         while child.poll() is None and time.monotonic()<end and len(got)==n: time.sleep(.05)
 
 # %% ../nbs/50_runs.ipynb #721276a7
@@ -343,17 +336,20 @@ def run_stage(
     price:float=None, # dollars an hour; the parameter `price` by default
     cwd='.', # where the kernel works
     env:dict=None, # more environment for the kernel
+    stop:list=None, # signals that somebody collects for several runs; None: this run collects its own
+    opened=None, # called with the record once its folder is there
 )->Record: # the judged record, whatever the ending
     "Execute a stage notebook in a process of its own and judge it"
     notebook,given = Path(notebook),dict(parameters or {}); values = fill(notebook, given)
-    with _signals() as got:
+    with _signals() if stop is None else nullcontext(stop) as got:
         rec = _open(notebook, values, given, runs, stage or notebook.stem, price); start,child,why = time.monotonic(),None,''
         try:
+            if opened: opened(rec)
             child = _start(notebook, rec.folder, given, cwd, env or {})
             if why := _wait(child, rec.folder, got, timeout, hang): _stop(child, rec.folder, got, why, grace)
         finally:
             _finish(rec, child, why or (got[0].name if got else ''), time.monotonic()-start, grace, timeout, hang, need_metrics)
-            if rec['status']=='interrupted': got.clear()
+            if rec['status']=='interrupted' and stop is None: got.clear()
     return rec
 
 # %% ../nbs/50_runs.ipynb #d2da2fd9

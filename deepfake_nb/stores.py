@@ -11,6 +11,7 @@ import json,math,multiprocessing,numpy as np,os,re,threading
 from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass,asdict,field,replace
 from functools import partial
@@ -269,12 +270,14 @@ def _die_with_parent():
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
 @contextmanager
-def _mapper(workers):
-    "`map`, here or in `workers` processes; what has not begun when an error comes is dropped"
-    if not workers: yield map; return
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('forkserver'), initializer=_die_with_parent)
-    try: yield pool.map
-    finally: pool.shutdown(cancel_futures=True)
+def _mapper(workers, folder):
+    "`map`, here or in `workers` processes; what has not begun when an error comes is dropped, and what the store cannot take says so"
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('forkserver'), initializer=_die_with_parent) if workers else None
+    try: yield pool.map if pool else map
+    except BrokenProcessPool as e: raise StoreError(folder.name, 'a process that cuts faces was ended from outside', remedy=f'take fewer workers than {workers} if memory was short, and prepare again: whole shards are used again') from e
+    except OSError as e: raise StoreError(folder.name, f'the store cannot be written ({e})', remedy='free or remount its disk, or name another folder, and prepare again: whole shards are used again') from e
+    finally:
+        if pool: pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/07_stores.ipynb #8d2c4531
 def _with_original(both, folder, settings): return store_video(both[0], folder, settings, both[1])
@@ -296,13 +299,13 @@ def build_store(
     videos,folder,settings,rows = list(videos),Path(folder),Settings(size, margin, native, quality, kind, **more),{}
     if settings.boxes not in ('original','own','both'): raise StoreError(folder.name, f"boxes='{settings.boxes}'", remedy="'original', 'own' or 'both'")
     if twice := [k for k,n in Counter(v.key for v in videos).items() if n>1]: raise StoreError(folder.name, f'{len(twice)} keys stand for several videos', twice[0], remedy='make dataset, method, compression and name differ')
-    with _mapper(workers) as each:
+    with _mapper(workers, folder) as each:
         for some in ([v for v in videos if not v.original], [v for v in videos if v.original]):
             for row in each(partial(_with_original, folder=folder, settings=settings), [(v, rows.get(v.original)) for v in some]):
                 rows[row.key] = row
                 if progress: progress(row, len(rows), len(videos))
-    report = Report([rows[v.key] for v in videos], folder, settings)
-    report.save()
+        report = Report([rows[v.key] for v in videos], folder, settings)
+        report.save()
     return report
 
 # %% ../nbs/07_stores.ipynb #007c3855

@@ -6,7 +6,8 @@ import psutil,pytest
 from deepfake_nb.clips import FaceStore
 from deepfake_nb.datasets import read_dataset
 from deepfake_nb.miniatures import MINIATURES,miniature
-from deepfake_nb.presets import notebook,people,prepared
+from deepfake_nb.executors import notebook
+from deepfake_nb.presets import people,prepared
 from deepfake_nb.runs import run_stage
 from deepfake_nb.stores import build_store,coverage_table
 from test_stages import last,room
@@ -67,7 +68,7 @@ def test_prepare_reads_a_zip_in_place_and_is_resumed_after_a_kill(room):
     given = dict(layout='dfdc')
     whole = last(prepare(chunk, room/'dfdc runs', **given, store=str(room/'whole')).check())
     torn = room/'torn'
-    code = f"from deepfake_nb.presets import notebook; from deepfake_nb.runs import run_stage; run_stage(notebook('prepare'), dict(preset='tiny', videos={str(chunk)!r}, store={str(torn)!r}, **{given!r}), runs={str(room/'torn runs')!r})"
+    code = f"from deepfake_nb.executors import notebook; from deepfake_nb.runs import run_stage; run_stage(notebook('prepare'), dict(preset='tiny', videos={str(chunk)!r}, store={str(torn)!r}, **{given!r}), runs={str(room/'torn runs')!r})"
     child = subprocess.Popen([sys.executable, '-c', code], env=os.environ|ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while not (torn.exists() and len(list(torn.glob('[!.]*.zip')))>=2) and child.poll() is None: time.sleep(.02)
     family = psutil.Process(child.pid).children(recursive=True)+[psutil.Process(child.pid)] # the kernel has a session of its own

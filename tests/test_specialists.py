@@ -10,7 +10,7 @@ from deepfake_nb.datasets import read_dataset
 from deepfake_nb.miniatures import miniature
 from deepfake_nb.optimizers import AdamW8bit
 from deepfake_nb.pack import read_json
-from deepfake_nb.presets import notebook
+from deepfake_nb.executors import notebook
 from deepfake_nb.runs import declared,run_stage
 from deepfake_nb.specialists import stages
 from deepfake_nb.specialists.base import CHANNELS,EvidenceError,SpecialistConfig

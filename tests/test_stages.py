@@ -4,7 +4,8 @@ from pathlib import Path
 import nbformat,pytest
 from deepfake_nb.journal import read_rows
 from deepfake_nb.pack import home,read_json,sample
-from deepfake_nb.plan import PLAN,notebook,run_plan
+from deepfake_nb.executors import LocalExecutor,notebook
+from deepfake_nb.plan import STF,demo,demo_plan,run
 from deepfake_nb.runs import Record,declared,index,run_stage
 from deepfake_nb.video import VideoFile,write_video
 
@@ -33,7 +34,7 @@ def records(runs): return [Record.load(p) for p in sorted(p for p in runs.iterdi
 def last(rec): return {k:v for vs in rec.metrics.values() for k,v in vs.items()}
 
 def test_every_parameter_is_explained():
-    for stage in {s for s,_ in PLAN}:
+    for stage in STF:
         known = declared(notebook(stage))
         assert {'preset','videos','seed'} <= set(known) and all(p['help'] for p in known.values()), stage
 
@@ -43,7 +44,7 @@ def test_a_stage_without_its_store_says_what_to_do(room):
 
 def test_the_plan_twice_on_the_sample_clips(room, capsys):
     runs = room/'pack runs'
-    assert run_plan(dict(preset='tiny', held_out='carman'), runs)==0
+    given = dict(preset='tiny', held_out='carman'); assert demo(given, runs)==0
     said = capsys.readouterr().out
     assert 'rehearsal gate on self-blends' in said and '3 people are a demonstration' in said
     p,a,e,b,f = (last(r) for r in records(runs))
@@ -57,7 +58,11 @@ def test_the_plan_twice_on_the_sample_clips(room, capsys):
     assert b['rehearsal']==f['rehearsal']==(e['gate']!='phase_b') and (('as a rehearsal' in said)==b['rehearsal'])
     assert f['phase']=='b' and f['gate']=='' and f['judged']['model_sha256']==b['model_sha256'] and f['judged']['counts']==e['judged']['counts']
     assert 'evaluate A' in said and 'evaluate B' in said
-    assert run_plan(dict(preset='tiny', held_out='carman'), runs)==0
+    # the second time nothing is missing: nothing runs, and the same words come
+    assert demo(given, runs)==0 and len(records(runs))==5
+    assert capsys.readouterr().out.splitlines()==[l for l in said.splitlines() if not l.endswith(' ...')]
+    # though it is done, again: what lies there is used, and all comes out the same
+    with LocalExecutor(runs) as ex: assert run(demo_plan(given), ex, again=tuple(demo_plan(given)))==0
     p2,a2,e2,b2,f2 = (last(r) for r in records(runs)[5:])
     assert p2['reused']==6 and a2['resumed']==4 and b2['resumed']==4
     assert (e2['auc'],f2['auc'])==(e['auc'],f['auc']) and (a2['model_sha256'],b2['model_sha256'])==(a['model_sha256'],b['model_sha256'])
