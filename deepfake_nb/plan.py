@@ -466,7 +466,7 @@ def coming(self:Plan, states)->list: # dicts: name, purse, dollars, as `forecast
     off = self.aside(but=[n for n in self if states[n].state in ('done','running')])
     return [dict(name=n, purse=self[n].purse, dollars=self[n].dollars) for n in self if n not in off and states[n].state not in SETTLED]
 
-# %% ../nbs/51c_plan.ipynb #20b3a9a2
+# %% ../nbs/51c_plan.ipynb #e658bc57
 UNFINISHED = 75 # exit status: nothing failed, but something is left: others are at it, or it could not be paid
 GRACE = 60. # s for a checkpoint, where a runner is gone and its notebook is not
 
@@ -481,7 +481,7 @@ def wanted(self:Plan,
     if not start: raise PlanError(f'{self.name}: nothing to do for person {person}. There are {", ".join(str(p) for p in sorted({t.person for t in self.tasks}-{0})) or "no persons"}')
     return tuple(n for n in self if n in start or any(n in self.up[m] for m in start) and (person is None or self[n].person in (0,person)))
 
-# %% ../nbs/51c_plan.ipynb #74885904
+# %% ../nbs/51c_plan.ipynb #fe72e989
 class Runner:
     "Carries a plan on from wherever it stands"
     def __init__(self,
@@ -502,7 +502,7 @@ class Runner:
         self.afresh = {n for n in self.mine if n in again or self.board.read(n).get('state') in ('failed','stopped')}
         self.slots = getattr(executor, 'slots', float('inf'))
 
-# %% ../nbs/51c_plan.ipynb #edff2992
+# %% ../nbs/51c_plan.ipynb #27ffac37
 @patch
 def ledger(self:Board):
     "What pays for the plan: begun with its purses, and from then on as its file says"
@@ -542,14 +542,14 @@ def turn(self:Runner)->dict: # states
         if states[n].state in ('ready','lost') and self.begin(n, states): states = self.see()
     return states
 
-# %% ../nbs/51c_plan.ipynb #e89be576
+# %% ../nbs/51c_plan.ipynb #7d28f0ed
 @patch
 def hope(self:Runner, states)->bool:
     "Is somebody else at something that is needed here?"
     need = {u for n in self.mine if states[n].state not in SETTLED for u in (n, *self.plan.up[n])}
     return self.wait and any(states[u].state in ('running','taken') for u in need)
 
-# %% ../nbs/51c_plan.ipynb #3287edd0
+# %% ../nbs/51c_plan.ipynb #9b48d899
 @patch
 def begin(self:Runner, n, states)->bool: # has anything changed?
     "Take the lease, look once more, see that it is paid, give it out"
@@ -570,7 +570,7 @@ def begin(self:Runner, n, states)->bool: # has anything changed?
     else: self.give_out(n, d)
     return True
 
-# %% ../nbs/51c_plan.ipynb #84d51fb2
+# %% ../nbs/51c_plan.ipynb #35a9b10f
 def _utc(): return datetime.now(timezone.utc).isoformat(timespec='seconds')
 
 @patch
@@ -583,7 +583,7 @@ def give_out(self:Runner, n, d):
     except RunError as e: self.finish(n, None, str(e), d); return
     self.started[n] = d; self.looks[n] = Look(lambda: self.started.get(n, d)['record'] or None); self.say(f'{n} ...')
 
-# %% ../nbs/51c_plan.ipynb #3e3241e5
+# %% ../nbs/51c_plan.ipynb #4a563479
 @patch
 def beat(self:Runner):
     "Leases, meters, records, live lines"
@@ -603,7 +603,7 @@ def finish(self:Runner, n, record, error='', d=None):
     if n not in self.leases: self.over[n] = 'lost'; return # somebody else's by now
     self.keep(n, d, record, error); self.let_go(n)
 
-# %% ../nbs/51c_plan.ipynb #7b52e304
+# %% ../nbs/51c_plan.ipynb #245047f2
 @patch
 def keep(self:Runner, n, d, record, error=''):
     "The state of a task, from its record or from what kept it from having one, and a word where one is due"
@@ -622,7 +622,7 @@ def keep(self:Runner, n, d, record, error=''):
 @patch
 def let_go(self:Runner, n): self.leases.pop(n).release()
 
-# %% ../nbs/51c_plan.ipynb #4432c677
+# %% ../nbs/51c_plan.ipynb #03751919
 @patch
 def recover(self:Runner, n, d):
     "A runner is gone: take what was judged, or end what is still at work, and let it be done again"
@@ -639,7 +639,7 @@ def orphans(self:Runner, n, d)->list: # folders of records
     mine = lambda r: r.get('pid')==d['pid'] and r.get('host')==d['host'] and r.get('where', {}).get('call')==n and r['status']=='running'
     return [f.parent for f in sorted(Path(self.ex.runs).glob('*/run.json')) if mine(read_json(f))]
 
-# %% ../nbs/51c_plan.ipynb #4959f8f8
+# %% ../nbs/51c_plan.ipynb #50f217c3
 @patch
 def halt(self:Runner)->int: # exit status
     "A signal: whatever runs may write its checkpoint, then the states are written"
@@ -663,7 +663,7 @@ def run(plan:Plan, executor, folder=None, person=None, only=None, say=print, lin
     "Do what is missing of a plan, as `Runner` says"
     return Runner(plan, executor, folder, person, only, say=say, lines=lines, **kw).go()
 
-# %% ../nbs/51c_plan.ipynb #3fac64c9
+# %% ../nbs/51c_plan.ipynb #b945b895
 B4 = dict(train_3090=354.99, look_3090=1389.6, look_4090=1740.1, side=320) # pictures a second, timm's results at aa4b5850
 SHARE = dict(BG=.16, AV=.092, CM=.123, RR=.089, LL=.033, TM=.233) # of B4 that a module takes (tools/crosstalk.py)
 READ = dict(crop=.0003, native=.0027) # s of a core for a frame of a clip (benchmarks/store.py)
@@ -685,7 +685,7 @@ def learning(code, clips, epochs, judged, cores=CORES)->float: # hours
     each = max((1+SHARE[code])/b4_rate(), needs.frames*READ[needs.pixels]/cores) # network or readers, whoever is slower
     return (START+each*(clips*epochs+judged*(epochs+1)/3))/3600
 
-# %% ../nbs/51c_plan.ipynb #0885c4da
+# %% ../nbs/51c_plan.ipynb #3ab0bb42
 @dataclass(frozen=True)
 class Source:
     "A data set of a stage, as published"
@@ -704,7 +704,7 @@ SOURCES = { # lengths as the papers say
     3:Source('wilddeepfake', published('wilddeepfake'), 6.4, ('360p','all'), 3409, 700, native=False), # faces that somebody cut out
     4:Source('dfdc', published('dfdc')//50, 10., ('1080p','spans'), 2000, 240)} # one of fifty zips, five of six films in it fakes
 
-# %% ../nbs/51c_plan.ipynb #02225579
+# %% ../nbs/51c_plan.ipynb #994049bb
 def stage_hours(
     code:str, number:int, # specialist, stage
     cuts:bool=True, # stage 4: whether it is the one that prepares the chunks; who comes second finds them
@@ -715,7 +715,7 @@ def stage_hours(
     cut = cutting(s.films, s.seconds, s.kind, cores=1) # the queue prepares in one process, the next chunk while this one is learned
     return cut+row.chunks*max(once, cut) if cuts else row.chunks*once
 
-# %% ../nbs/51c_plan.ipynb #8a96ce13
+# %% ../nbs/51c_plan.ipynb #3ed7e34d
 SET_HERE = ('store','checkpoints','grown_from','ledger','purse','phase','name','gate','rehearsal','specialist','stage','chunks','sound_store','from_checkpoint') # parameters that a plan sets by itself
 
 def deal(
@@ -742,7 +742,7 @@ def demo_plan(
         Task('evaluate B', 'evaluate', d['evaluate']|store|a|mark|dict(phase='b'), after=('phase_b',), watch=(fakes,))],
         price=price_of(given.get('gpu') or 'RTX 4090', given.get('price')), about=f"{Path(films).resolve() if films else ''} {given.get('preset')}")
 
-# %% ../nbs/51c_plan.ipynb #8e96a7f1
+# %% ../nbs/51c_plan.ipynb #7e2cdf00
 FIVE = dict(train=5., reserve=3., setup=.2, a=2.5, b=2.5, more=.5, gate=.2, last=.3) # dollars: two purses, and what they pay
 
 def five_dollar_plan(
@@ -773,7 +773,7 @@ def five_dollar_plan(
 
 def _more(given): return dict(steps=max(1, given['steps']//5)) if given.get('steps') else {} # a prolongation is a fifth
 
-# %% ../nbs/51c_plan.ipynb #5fadfec4
+# %% ../nbs/51c_plan.ipynb #8be54cce
 @dataclass(frozen=True)
 class Member:
     "Who does what"
@@ -801,7 +801,7 @@ def _stage(code, number, person, given, data, price, cuts, gpus):
     return Task(f'{code} stage {number}', 'specialist_stage', g, after=(f'{code} stage {number-1}',)*(number>1), purse='team', dollars=hours*price, hours=hours, model=code, person=person, gpus=gpus,
                 resources={f'person{person}':1}, watch=(_place(data, s.name),)*(number==4))
 
-# %% ../nbs/51c_plan.ipynb #8a761076
+# %% ../nbs/51c_plan.ipynb #76f88d93
 def specialists_plan(
     data:dict=None, # name of `DATA` -> folder; default below DEEPFAKE_NB_HOME/data
     team:dict=TEAM, # person -> `Member`
@@ -821,7 +821,7 @@ def specialists_plan(
     tasks += [_stage(c, n, p, d['specialist_stage'], data, price, first[kind(c)]==c, gpus) for c,p in pairs for n in STAGES]
     return Plan('specialists', tasks, dict(team=round(sum(t.given.get('budget') or t.dollars for t in tasks), 2)), price, about=' '.join(str(Path(_place(data, n)).resolve()) for n in DATA))
 
-# %% ../nbs/51c_plan.ipynb #a2303b57
+# %% ../nbs/51c_plan.ipynb #3d7655a7
 def mission_plan(
     given:dict, # parameters of the stages; `gate_videos` among them
     data:dict=None, team:dict=TEAM, # as in `specialists_plan`
@@ -832,7 +832,7 @@ def mission_plan(
     a,b = five_dollar_plan(mine(*STF), gpus=gpus),specialists_plan(data, team, mine('prepare', 'specialist_stage'), gpus)
     return Plan('mission', [*b.tasks, *a.tasks], a.purses|b.purses, a.price, about=f'{a.about} {b.about}')
 
-# %% ../nbs/51c_plan.ipynb #4b2e6803
+# %% ../nbs/51c_plan.ipynb #cceb3357
 def row(
     rec, # the `Record` of a stage
     price:float, # dollars an hour
@@ -851,7 +851,7 @@ def table(
     whole = sum(r['seconds'] or 0. for r in records)
     return columns([('stage','ending','minutes','$ on the GPU','AUC [95 % interval]','gate','record'), *(row(r, price) for r in records), ('all','',f'{whole/60:.1f}',f'{whole/3600*price:.3f}','','','')])
 
-# %% ../nbs/51c_plan.ipynb #163754e7
+# %% ../nbs/51c_plan.ipynb #f881128e
 def ending(
     plan:Plan, # `demo_plan`
     board:Board,
@@ -865,7 +865,7 @@ def ending(
     why = '' if m['gate']=='phase_b' else 'Phase B was not run: the gate has the last word.' if real else f"The gate says {m['gate']}. Phase B ran all the same, as a rehearsal of the machine."
     return '\n'.join(filter(None, [text, f"{m['gate_name']}: {m['gate_reason']}", why, caveat(m['all_people'])]))
 
-# %% ../nbs/51c_plan.ipynb #c4e554c4
+# %% ../nbs/51c_plan.ipynb #3f575fd8
 def demo(
     given:dict, # parameters of the stages
     runs='runs', # where the records go
@@ -880,7 +880,7 @@ def demo(
     say(ending(plan, board))
     return code
 
-# %% ../nbs/51c_plan.ipynb #b815b00c
+# %% ../nbs/51c_plan.ipynb #c170edd3
 PLANS = dict(demo=lambda given,data,gpus: demo_plan(given), five_dollars=lambda given,data,gpus: five_dollar_plan(given, gpus=gpus),
              specialists=lambda given,data,gpus: specialists_plan(data, given=given, gpus=gpus), mission=lambda given,data,gpus: mission_plan(given, data, gpus=gpus))
 
@@ -904,7 +904,7 @@ def dry(
     states = board.look(); of = lambda *ss: ', '.join(n for n in mine if states[n].state in ss) or 'nothing'
     return f"{show(plan, board.folder, states)}\n\nwould begin with: {of('ready','lost','failed','stopped')}\nthen, as far as what comes before allows it: {of('waiting','blocked')}\nis done: {of('done')}"
 
-# %% ../nbs/51c_plan.ipynb #7db9af22
+# %% ../nbs/51c_plan.ipynb #6f923cf2
 DEMO = (('preset',str,'tiny, demo or full'), ('videos',str,'folder of real videos; a sub-folder is one person'), ('held-out',str,'people never trained on'),
     ('seed',int,'of everything drawn'), ('backbone',str,'any timm model'), ('weights',str,'file of pretrained weights'), ('steps',int,'optimiser steps of Phase A'), ('steps-b',int,'optimiser steps of Phase B'), ('workers',int,'processes that forge pairs'), ('budget',float,'dollars of each phase'),
     ('layout',str,'of a published data set; found out by itself otherwise'), ('splits',str,'parts to prepare, with commas'), ('labels',str,'real, fake, or both with a comma'), ('options',str,'for the reader, as JSON'), ('methods',str,'only these, with commas'), ('compression',str,'c23, ...'), ('boxes',str,'original, own or both: how fakes are cut'), ('spans',int,'pieces of a video that are kept'), ('allow',str,'kinds of leaks that are accepted'), ('reserve',float,'dollars of it to keep'), ('gpu',str,'whose price is taken'), ('price',float,'dollars an hour'), ('gate-videos',str,'folder with real/ and fake/'))
@@ -926,7 +926,7 @@ def parser():
     r.add_argument('--gpus', type=float, help='cards that a training needs; 0 on a machine without'); r.add_argument('--no-wait', action='store_true', help='end where others are at something that is needed'); r.add_argument('--dry-run', action='store_true')
     return p
 
-# %% ../nbs/51c_plan.ipynb #3d8364f3
+# %% ../nbs/51c_plan.ipynb #bb59a3ab
 def main(argv=None)->int: # exit status
     "`python -m deepfake_nb.plan`"
     a = parser().parse_args(argv)
@@ -947,7 +947,7 @@ def _show(a):
     if a.picture: plt.switch_backend('agg'); plan_figure(plan, states).figure.savefig(a.picture, bbox_inches='tight', dpi=130)
     return 0
 
-# %% ../nbs/51c_plan.ipynb #a284b474
+# %% ../nbs/51c_plan.ipynb #47f47784
 def _run(a):
     given,data = pairs_of(a.p); plan = PLANS[a.plan](given, data, 1 if a.gpus is None else a.gpus); board,mine = Board(plan, a.folder),plan.wanted(a.person, a.only)
     if a.dry_run: print(dry(plan, board, mine)); return 0

@@ -188,4 +188,4 @@ def thin(
     if step==1: return batches
     if not isinstance(batches, DataLoader): return itertools.islice(batches, 0, None, step)
     same = ('num_workers','collate_fn','pin_memory','timeout','worker_init_fn','prefetch_factor','multiprocessing_context')
-    return DataLoader(batches.dataset, batch_sampler=Every(batches.batch_sampler, step), **{k:getattr(batches, k) for k in same})
+    return type(batches)(batches.dataset, batch_sampler=Every(batches.batch_sampler, step), **{k:getattr(batches, k) for k in same})

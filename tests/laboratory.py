@@ -1,7 +1,7 @@
 """The crash laboratory: the stages of a tiny plan are killed again and again until the plan is done, and then it must be the plan that nobody disturbed.
 
 `.venv/bin/python tests/laboratory.py --kills 200 --seed 0` prints a table and writes records/crashes.json. Everything a stage needs is imported once;
-each attempt is a fork that runs the code cells of the real stage notebook in a real IPython shell, in a session of its own, and dies by SIGKILL with all its workers."""
+each attempt is a fork that runs the code cells of the real stage notebook in a real IPython shell, in a process group of its own, and dies by SIGKILL with all its workers."""
 import os
 for n in ('OMP_NUM_THREADS','MKL_NUM_THREADS'): os.environ.setdefault(n, '1') # what has threads cannot be forked, and a sum must not depend on their number
 import argparse,faulthandler,json,math,random,re,select,shutil,signal,sys,tempfile,time,traceback
@@ -33,7 +33,7 @@ class Attempt:
     stage:str
     killed:bool # by us
     seconds:float
-    how:str='' # 'moment' or 'operation', if it was to be killed
+    how:str='' # it was to be killed: at a moment, a file operation, a row of the journal
     metrics:dict=None # of a good end
     error:str='' # of a bad one
     ops:list=field(default_factory=list) # file operations of a good end: (what, file)
@@ -116,11 +116,11 @@ def attempt(stage, given, home, run, delay=None, die_at=None, torn=False, before
         finally: os._exit(code)
     os.close(w); os.close(log); group(pid)
     try: said = listen(r, pid, start, delay, watch, limit)
-    finally: os.close(r); finish(pid)
-    killed = finish.code==-signal.SIGKILL; how = 'file operation' if die_at else 'row of the journal' if watch else 'moment'
+    finally: os.close(r); code = finish(pid)
+    killed = code==-signal.SIGKILL; how = 'file operation' if die_at else 'row of the journal' if watch else 'moment'
     res = Attempt(stage, killed, time.monotonic()-start, how, run=run)
     if killed: res.stack = frames(said); return res
-    if finish.code: raise AssertionError(f'{stage}: the laboratory itself failed ({finish.code}), see {run}/log.txt')
+    if code: raise AssertionError(f'{stage}: the laboratory itself failed ({code}): {(run/"log.txt").read_text()[-2000:]}')
     for k,v in json.loads(said).items(): setattr(res, k, v)
     return res
 
@@ -149,10 +149,11 @@ def group(pid):
     except (ProcessLookupError,PermissionError): pass
 
 def finish(pid):
-    "Reap the fork, then end all that it started"
-    finish.code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    "Reap the fork, then end all that it started: its exit code"
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     try: os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError: pass
+    return code
 
 def frames(text):
     "(module, function) of the thread that runs the cells, innermost first"

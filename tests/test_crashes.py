@@ -1,5 +1,5 @@
 """Kills at random moments of a whole plan, and the other accidents: each ends in the plan that nobody disturbed, or in an error that says what to do.
-SOAK=N: N kills, and ten through the real runner. CRASH_SEED: of the draws."""
+SOAK=N: N kills, and three under papermill for each fifty of them. CRASH_SEED: of the draws. In a process of its own, for it forks."""
 import itertools,json,os,random,resource,shutil,subprocess,sys,tempfile,time
 from pathlib import Path
 import psutil,pytest
@@ -9,7 +9,7 @@ from deepfake_nb.checkpoints import latest
 from deepfake_nb.journal import read_rows
 from deepfake_nb.executors import notebook
 from deepfake_nb.presets import last_words
-from deepfake_nb.runs import Record,_family,run_stage
+from deepfake_nb.runs import Record,_family
 
 SOAK,SEED = int(os.environ.get('SOAK') or 0),int(os.environ.get('CRASH_SEED') or 0)
 A = 1 # number of Phase A in the plan

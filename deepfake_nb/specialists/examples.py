@@ -9,14 +9,14 @@ __all__ = ['SHIFT', 'in_native', 'recrop', 'BlendedCouples', 'spare_frames', 'Of
 import math,numpy as np
 from dataclasses import replace
 from functools import partial
-from torch.utils.data import DataLoader,Dataset
+from torch.utils.data import Dataset
 from fastcore.basics import patch
 from ..faces import apply,warp
 from ..clips import SOUND_RATE,ClipSampler,StoreError,cut_sound
 from ..masks import BlendError
 from ..blend import VideoSBI
 from ..balance import Position
-from ..batches import TRIES,PairSampler,couple,loader_options
+from ..batches import Loader,TRIES,PairSampler,couple,loader_options
 
 # %% ../../nbs/20c_examples.ipynb #6abb2524
 def _tracks(store, groups, label=0):
@@ -115,6 +115,6 @@ def couple_loader(
     start:int=0, # first index, from a batch's cursor
     extras=(), # of 'native', 'mask', 'sound'
     workers:int=0, # processes that make them
-)->DataLoader: # of `Batch`es
+)->Loader: # of `Batch`es
     "Batches of one epoch, the same for any number of workers"
-    return DataLoader(ds, batch_sampler=Positions(n, '', epoch, pairs, start), collate_fn=partial(couple, extras=extras), **loader_options(workers))
+    return Loader(ds, batch_sampler=Positions(n, '', epoch, pairs, start), collate_fn=partial(couple, extras=extras), **loader_options(workers))

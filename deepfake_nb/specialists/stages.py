@@ -15,14 +15,14 @@ import cv2,json,numpy as np,pandas as pd,torch
 from dataclasses import dataclass,field,replace
 from functools import partial
 from pathlib import Path
-from torch.utils.data import DataLoader,Dataset
+from torch.utils.data import Dataset
 from fastcore.basics import patch
 from ..pack import home,read_json,write_json
 from ..clips import FaceStore,real_groups
 from ..manifest import DatasetError,split_groups
 from ..blend import GENTLE
 from ..balance import BalancedSampler,Position,draw_rng
-from ..batches import gather,labelled_loader,loader_options,window_loader
+from ..batches import Loader,gather,labelled_loader,loader_options,window_loader
 from .base import Needs,SpecialistConfig
 from .examples import BlendedCouples,OffsetCouples,Positions,couple_loader,spare_frames
 from .team import MODULES,build_specialist
@@ -182,7 +182,7 @@ def batches(self:LabelledSource,
     ts,c,P = self.tracks if self.curriculum is None else self.curriculum.tracks(self.tracks, epoch, self.needs.frames),self.cfg,self.cfg.pairs
     if self.balanced: return labelled_loader(self.store, BalancedSampler(ts, self.needs.frames, self.seed, self.originals), P, self.chunk, epoch, first*P, c.workers, extras=self.extras, n=self.n*P)
     ds = AsTheyCome(self.store, ts, self.needs.frames, self.seed, 'native' in self.extras)
-    return DataLoader(ds, batch_sampler=Positions(2*self.n*P, self.chunk, epoch, 2*P, 2*first*P), collate_fn=partial(in_order, extras=self.extras), **loader_options(c.workers))
+    return Loader(ds, batch_sampler=Positions(2*self.n*P, self.chunk, epoch, 2*P, 2*first*P), collate_fn=partial(in_order, extras=self.extras), **loader_options(c.workers))
 
 # %% ../../nbs/51b_stages.ipynb #eaf090b8
 class CoupleSource:
