@@ -47,7 +47,7 @@ def small(room, **kw):
     src = stage(room/'src.ipynb', "note('src')", "data_hash=str(size)", size=1)
     work = stage(room/'work.ipynb', "note(who); time.sleep(nap)\nassert not bad, 'it is bad'", "model_sha256=f'{who}{like}{steps}'", who='', like='', steps=1, nap=0., bad=False)
     make = lambda n,**g: Task(n, work, dict(who=n)|g|kw.get(n, {}), model=n)
-    return Plan('small', [Task('src', src, kw.get('src', {}), watch=(str(room/'films'),)), make('a', like=Out('src', 'data_hash'), nap=1.5), make('b', like=Out('src', 'data_hash'), nap=1.5), make('c', like=Out('a', 'model_sha256')), make('d', like=Out('b', 'model_sha256'))])
+    return Plan('small', [Task('src', src, kw.get('src', {}), watch=(str(room/'films'),)), make('a', like=Out('src', 'data_hash'), nap=1.), make('b', like=Out('src', 'data_hash'), nap=1.), make('c', like=Out('a', 'model_sha256')), make('d', like=Out('b', 'model_sha256'))])
 
 def test_order_parallel_once_cut_off_and_a_failure(tmp_path):
     films = tmp_path/'films'; films.mkdir(); (films/'x').write_text('1')
@@ -118,7 +118,7 @@ def alone(lines, m):
     return True
 
 def test_two_runners_share_the_work_and_never_a_model(tmp_path):
-    plan = pair(tmp_path, 1.)
+    plan = pair(tmp_path, .5)
     pids = [fork(lambda: go(plan, tmp_path)[0]) for _ in range(2)]
     assert [ended(p) for p in pids]==[0,0]
     lines = log(tmp_path); assert sorted(lines)==sorted(f'{m}{i}{s}' for m in 'xy' for i in (1,2) for s in '+-'), lines # each once
