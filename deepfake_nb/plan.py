@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BUILT_ON', 'COLOURS', 'SETTLED', 'LEFT', 'HEAD', 'ENOUGH', 'UNFINISHED', 'GRACE', 'B4', 'SHARE', 'READ', 'CUT',
-           'START', 'CORES', 'SOURCES', 'SET_HERE', 'STF', 'FIVE', 'TEAM', 'SOUND', 'DATA', 'PLANS', 'DEMO',
+           'START', 'CORES', 'SOURCES', 'SET_HERE', 'STF', 'FIVE', 'TEAM', 'SOUND', 'DATA', 'APART', 'PLANS', 'DEMO',
            'PlanError', 'Out', 'Task', 'slug', 'Plan', 'fingerprint', 'State', 'Board', 'in_hours', 'in_dollars',
            'under', 'plan_figure', 'columns', 'show', 'Runner', 'run', 'b4_rate', 'cutting', 'learning', 'Source',
-           'published', 'stage_hours', 'deal', 'demo_plan', 'five_dollar_plan', 'Member', 'specialists_plan',
+           'published', 'stage_hours', 'deal', 'demo_plan', 'paid', 'five_dollar_plan', 'Member', 'specialists_plan',
            'mission_plan', 'row', 'table', 'ending', 'demo', 'pairs_of', 'dry', 'parser', 'main']
 
 # %% ../nbs/51c_plan.ipynb #013f9d64
@@ -712,7 +712,7 @@ def stage_hours(
     "How long a stage should take"
     s,row = SOURCES[number],STAGES[number]; once = learning(code, 2*s.couples, row.epochs, 4*s.judged)
     if not row.chunks: return once
-    cut = cutting(s.films, s.seconds, s.kind, cores=1) # the queue prepares in one process, the next chunk while this one is learned
+    cut = cutting(s.films, s.seconds, s.kind) # the next chunk is cut while this one is learned
     return cut+row.chunks*max(once, cut) if cuts else row.chunks*once
 
 # %% ../nbs/51c_plan.ipynb #3ed7e34d
@@ -745,16 +745,26 @@ def demo_plan(
 # %% ../nbs/51c_plan.ipynb #7e2cdf00
 FIVE = dict(train=5., reserve=3., setup=.2, a=2.5, b=2.5, more=.5, gate=.2, last=.3) # dollars: two purses, and what they pay
 
+def paid(
+    given:dict, # parameters of the stages
+    what:str, # the weights that the full preset begins with
+)->dict:
+    "A plan that pays is no rehearsal, unless it is told to be one; what it would miss on the rented machine, it misses now"
+    given = dict(preset='full')|given
+    if given['preset']=='full' and not given.get('weights'): raise PlanError(f"no weights are named: the full preset begins with {what}. Give weights=FILE, or weights=random if that is meant")
+    return given
+
+# %% ../nbs/51c_plan.ipynb #35469cb4
 def five_dollar_plan(
-    given:dict, # parameters of the stages; `gate_videos` must be among them
+    given:dict, # parameters of the stages; `gate_videos` must be among them, and `weights` unless preset says otherwise than full
     money:dict=None, # what differs from `FIVE`
     stages:dict=None, # stage -> path of another notebook
     gpus:float=1,
 )->Plan:
     "Phase A, the gate, Phase B, for five dollars and three in reserve"
-    m,d,price = FIVE|(money or {}),deal(given, *STF),price_of(given.get('gpu') or 'RTX 4090', given.get('price'))
-    films = given.get('videos') or ''
     if not given.get('gate_videos'): raise PlanError('the gate of this plan decides over money, so it reads real fakes: name gate_videos, a folder with real/ and fake/')
+    given = paid(given, "ConvNeXt V2's pretrained ones"); films = given.get('videos') or ''
+    m,d,price = FIVE|(money or {}),deal(given, *STF),price_of(given.get('gpu') or 'RTX 4090', given.get('price'))
     store,kept,gates,fakes = dict(store=Out('prepare', 'store')),'phase A',[],(given['gate_videos'],)
     def task(name, stage, dollars, purse, more, **kw):
         return Task(name, (stages or {}).get(stage, stage), d[stage]|more, purse=purse, dollars=dollars, hours=dollars/price, gpus=gpus*(stage!='prepare'), **kw)
@@ -805,11 +815,11 @@ def _stage(code, number, person, given, data, price, cuts, gpus):
 def specialists_plan(
     data:dict=None, # name of `DATA` -> folder; default below DEEPFAKE_NB_HOME/data
     team:dict=TEAM, # person -> `Member`
-    given:dict=None, # parameters of the stages
+    given:dict=None, # parameters of the stages; `weights` among them, unless preset says otherwise than full
     gpus:float=1,
 )->Plan:
     "Every specialist through every stage, each by its person, each from the stage before"
-    data,given = data or {},given or {}; d,price = deal(given, 'prepare', 'specialist_stage'),price_of(given.get('gpu') or 'RTX 4090', given.get('price'))
+    data,given = data or {},paid(given or {}, "EfficientNet-B4's pretrained ones"); d,price = deal(given, 'prepare', 'specialist_stage'),price_of(given.get('gpu') or 'RTX 4090', given.get('price'))
     if odd := set(data)-set(DATA): raise PlanError(f'no data set is called {", ".join(sorted(odd))}: there are {", ".join(DATA)}')
     pairs = [(c,p) for p,m in team.items() for c in m.models]; codes = [c for c,_ in pairs]
     if odd := [c for c in codes if c not in MODULES or codes.count(c)>1]: raise PlanError(f'{odd[0]}: in the team twice, or no specialist; there are {", ".join(MODULES)}')
@@ -822,14 +832,18 @@ def specialists_plan(
     return Plan('specialists', tasks, dict(team=round(sum(t.given.get('budget') or t.dollars for t in tasks), 2)), price, about=' '.join(str(Path(_place(data, n)).resolve()) for n in DATA))
 
 # %% ../nbs/51c_plan.ipynb #3d7655a7
+APART = ('backbone','weights','pairs','lr','budget','limit_gb') # of one name, and not of one meaning: those given for a mission are STF-Mamba's
+
 def mission_plan(
-    given:dict, # parameters of the stages; `gate_videos` among them
+    given:dict, # parameters of the stages; `gate_videos` and `weights` for STF-Mamba, `b4_weights` for the specialists among them
     data:dict=None, team:dict=TEAM, # as in `specialists_plan`
     gpus:float=1,
 )->Plan:
     "All of it in one graph: five dollars for STF-Mamba, and the team's specialists"
+    given = dict(given); b4 = given.pop('b4_weights', '')
     d = deal(given, *STF, 'specialist_stage'); mine = lambda *stages: {k:v for s in stages for k,v in d[s].items()}
-    a,b = five_dollar_plan(mine(*STF), gpus=gpus),specialists_plan(data, team, mine('prepare', 'specialist_stage'), gpus)
+    theirs = {k:v for k,v in mine('prepare', 'specialist_stage').items() if k not in APART}|dict(weights=b4)
+    a,b = five_dollar_plan(mine(*STF), gpus=gpus),specialists_plan(data, team, theirs, gpus)
     return Plan('mission', [*b.tasks, *a.tasks], a.purses|b.purses, a.price, about=f'{a.about} {b.about}')
 
 # %% ../nbs/51c_plan.ipynb #cceb3357

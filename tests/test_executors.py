@@ -180,7 +180,7 @@ def test_a_lost_machine_is_survived(make, cluster, ex):
 
 # --- a machine by the hour
 
-ARGS = ['run','five_dollars','-p','videos=/workspace/videos','-p','gate_videos=/workspace/gate','-p','gpu=RTX 4090']
+ARGS = ['run','five_dollars','-p','videos=/workspace/videos','-p','gate_videos=/workspace/gate','-p','weights=/workspace/convnextv2_base.safetensors','-p','gpu=RTX 4090']
 
 def test_the_committed_task_is_what_is_generated():
     "And the plan understands the words that are in it"
