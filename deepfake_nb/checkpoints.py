@@ -62,8 +62,10 @@ def describe(
     model = getattr(model, '_orig_mod', model)
     config = getattr(model, 'cfg', {}) if config is None else config
     config = asdict(config) if is_dataclass(config) else dict(config)
-    versions = {n:importlib.metadata.version(n) for n in ('torch','safetensors')}
-    return dict(schema=1, model=type(model).__name__, config=config, versions=versions, commit=commit(), code=_code())
+    return dict(schema=1, model=type(model).__name__, config=config, versions=_versions(), commit=commit(), code=_code())
+
+@functools.cache
+def _versions(): return {n:importlib.metadata.version(n) for n in ('torch','safetensors')}
 
 @functools.cache
 def commit()->str: # the hash, or '' outside the project's repository
@@ -95,7 +97,10 @@ def estimate(
 # %% ../nbs/32_checkpoints.ipynb #5b5de37a
 _STEP,LARGEST = re.compile('[0-9]+-step([0-9]+)'),2**24 # bytes of a manifest
 
-def _stems(folder): return sorted((p.stem for p in Path(folder).glob('*-step*.json') if _STEP.fullmatch(p.stem)), key=lambda s: int(s.split('-')[0]))
+def _stems(folder):
+    "Serials in order; none where the folder is not there, or goes away while we look"
+    try: return sorted((p.stem for p in Path(folder).glob('*-step*.json') if _STEP.fullmatch(p.stem)), key=lambda s: int(s.split('-')[0]))
+    except FileNotFoundError: return []
 
 def _next(folder):
     "The serial after every one seen, also of saves that never finished"
@@ -122,12 +127,14 @@ def damage(
     folder = Path(folder)
     try: files = _manifest(folder, stem)['files']
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as e: return f'its manifest cannot be read ({type(e).__name__}: {e})'
-    for name,f in files.items():
-        p = folder/name
-        if p.is_symlink() or not p.is_file(): return f'{name} is {"a link" if p.is_symlink() else "missing"}'
-        if p.stat().st_size!=f['bytes']: return f"{name} has {p.stat().st_size} bytes, its manifest says {f['bytes']}"
-        if sha256(p)!=f['sha256']: return f'{name} is not what was written (sha256 differs)'
-    return ''
+    try: return next((why for name,f in files.items() if (why := _unlike(folder/name, f))), '')
+    except FileNotFoundError as e: return f'{Path(e.filename).name} is missing' # deleted while we looked
+
+def _unlike(p, f):
+    "What is wrong with one file, by what its manifest says"
+    if p.is_symlink() or not p.is_file(): return f'{p.name} is {"a link" if p.is_symlink() else "missing"}'
+    if (size := p.stat().st_size)!=f['bytes']: return f"{p.name} has {size} bytes, its manifest says {f['bytes']}"
+    return '' if sha256(p)==f['sha256'] else f'{p.name} is not what was written (sha256 differs)'
 
 # %% ../nbs/32_checkpoints.ipynb #47971a6c
 def outlived(

@@ -120,6 +120,12 @@ def _meet(store, rank, world, cuda, timeout, children=()):
     return dist.new_group(backend='gloo', timeout=timeout)
 
 # %% ../nbs/34d_ranks.ipynb #2abf048b
+class _last_words:
+    "An error is written and the process ends with it: nothing more to say, nobody to wait for"
+    def __enter__(self): pass
+    def __exit__(self, kind, e, tb):
+        if kind: traceback.print_exception(kind, e, tb); sys.stderr.flush(); os._exit(1)
+
 def _follow():
     "What every process but the first does: meet, unpack, work"
     parent,path,rank,world,port,cuda,timeout,job = pickle.load(sys.stdin.buffer)
@@ -127,10 +133,9 @@ def _follow():
     if os.getppid()!=parent: sys.exit('the process that started this one is gone')
     sys.path[:] = path
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, lambda *_: None) # rank 0 decides when to stop
-    try:
+    with _last_words():
         do = cloudpickle.loads(job)
         do(Ranks(rank, world, control=_meet(_join(rank, world, port, cuda, timeout), rank, world, cuda, timeout)))
-    except BaseException: traceback.print_exc(); sys.stderr.flush(); os._exit(1) # nothing more to say, nobody to wait for
     dist.destroy_process_group()
 
 # %% ../nbs/34d_ranks.ipynb #f11f5436

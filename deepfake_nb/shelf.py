@@ -54,6 +54,7 @@ def hindrance(
         if not said['name']: return 'it kept no weights'
         card,path = card_of(folder, said['name'])
     except CheckpointError as e: return f'{e.path.name}: {e.reason}'
+    except FileNotFoundError: return 'it is gone'
     return '' if card['files'][path.name]['sha256']==said['sha256'] else f"its weights {said['name']} were replaced since"
 
 def retire(

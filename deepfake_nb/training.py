@@ -410,6 +410,12 @@ def stop_signals(
 
 # %% ../nbs/35_training.ipynb #766c2a74
 @patch
+def fell(self:Loop, error):
+    "Say what ended it, where people look"
+    if self.bar: self.bar.set(state='failed', error=error)
+    self.journal.beat('failed', error=error)
+
+@patch
 @contextmanager
 def guard(self:Loop):
     "Lease, signals, bar: taken, and given back whatever happens"
@@ -423,9 +429,7 @@ def guard(self:Loop):
         stack.enter_context(stop_signals(on))
         stack.callback(lambda: self.bar and self.bar.close())
         try: yield self
-        except BaseException as e:
-            if self.bar: self.bar.set(state='failed', error=f'{type(e).__name__}: {e}')
-            self.journal.beat('failed', error=f'{type(e).__name__}: {e}'); raise
+        except BaseException as e: self.fell(f'{type(e).__name__}: {e}'); raise
 
 # %% ../nbs/35_training.ipynb #02649e49
 def train(

@@ -9,7 +9,7 @@ from urllib.parse import parse_qs,unquote,urlsplit
 import fsspec,numpy as np,pytest
 from deepfake_nb import chunks,sources
 from deepfake_nb.chunks import Chunk,ChunkError,ChunkProgress,ChunkQueue,DiskError,fetch_chunk,find_chunks,main,need_bytes,prepare_chunk
-from deepfake_nb.clips import FaceStore,open_shard
+from deepfake_nb.clips import FaceStore,StoreError,open_shard
 from deepfake_nb.manifest import DatasetError
 from deepfake_nb.miniatures import miniature
 from deepfake_nb.sources import Limits
@@ -457,7 +457,7 @@ def test_a_full_disk_is_no_broken_film(mini, tmp_path, monkeypatch):
     from deepfake_nb import clips
     def full(*a): raise OSError(28, 'No space left on device')
     monkeypatch.setattr(clips, 'atomic_write', full)
-    with pytest.raises((DiskError, OSError), match='No space left'): prepare_chunk(Chunk('00', mini.zips[0]), tmp_path, tolerate=1, **SMALL)
+    with pytest.raises((DiskError, StoreError), match='No space left'): prepare_chunk(Chunk('00', mini.zips[0]), tmp_path, tolerate=1, **SMALL)
     assert not (tmp_path/'00'/'quarantine.json').exists() and not (tmp_path/'00'/'prepared.json').exists()
 
 DROP = """

@@ -10,7 +10,7 @@ from deepfake_nb.clips import ClipSampler,FaceStore,ShardWriter,windows
 from deepfake_nb.evaluation import judge
 from deepfake_nb.metrics import aggregate,auc
 from deepfake_nb.miniatures import miniature
-from deepfake_nb.training import KeepBest
+from deepfake_nb.training import History,KeepBest
 from test_store import ENV,synthetic
 
 SIMPLE = SimpleNamespace(key='d/real/as_is/v#0', group='g', frames=60)
@@ -51,7 +51,7 @@ def test_b4_6_the_test_people_choose_nothing(tmp_path):
         model,told = torch.nn.Linear(1, 1),iter((.9, .6, .7))
         keep = KeepBest(lambda m: dict(auc=next(told)), tmp_path/str(choose), 'w', choose, 'the rule')
         for step in range(3): model.weight.data.fill_(step); keep(model)
-        keep.finish(model, SimpleNamespace(steps=[0]*3, reason='steps'))
+        keep.finish(model, History(steps=[0]*3, reason='steps'))
         return float(load_file(tmp_path/str(choose)/next(p.name for p in (tmp_path/str(choose)).glob('*.safetensors')))['weight'])
     assert (kept(True), kept(False))==(0., 2.) # people to choose by: the best; people only watched: the last, however good an earlier one was
 
