@@ -53,8 +53,8 @@ class Preset:
 @patch
 def training(self:Preset, seed, save_minutes=180.):
     "The part that the loop reads; a checkpoint at the end of every epoch"
-    keys = 'steps lr backbone_scale warmup accumulate eval_every fit'.split()
-    return TrainConfig(seed=seed, save_minutes=save_minutes, save_every=max(1, self.epoch//(self.pairs*self.accumulate)), **{k:getattr(self, k) for k in keys})
+    keys = 'steps lr backbone_scale warmup accumulate eval_every'.split()
+    return TrainConfig(seed=seed, save_minutes=save_minutes, fit=min(self.fit, self.warmup), save_every=max(1, self.epoch//(self.pairs*self.accumulate)), **{k:getattr(self, k) for k in keys})
 
 # %% ../nbs/51_presets.ipynb #529087bc
 PRESETS = dict(
