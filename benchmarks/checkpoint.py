@@ -1,5 +1,5 @@
 "How long one checkpoint takes, what its parts cost, how much memory, and how soon a training has it back. Ratios of one run; the last line is one JSON object"
-import argparse,json,statistics,tempfile,time
+import argparse,json,statistics,subprocess,sys,tempfile,time
 from functools import partial
 from pathlib import Path
 import timm,torch
@@ -29,6 +29,22 @@ def trained(name, optimizer):
     opt.step(); opt.zero_grad(set_to_none=True)
     return m,opt
 
+TAKE_UP = """import sys,time,timm,torch
+from deepfake_nb.journal import Journal
+from deepfake_nb.training import TrainConfig,train
+torch.set_num_threads(1); m = timm.create_model(sys.argv[2], num_classes=1); m.cfg = {}
+def loss(m, b): print('first step', file=sys.stderr, flush=True); return dict(loss=m(b).mean()**2)
+train(m, lambda cursor: iter(lambda: torch.zeros(2, 3, 64, 64), None), loss, TrainConfig(steps=int(sys.argv[3]), lr=1e-4, device='cpu'), folder=sys.argv[1], journal=Journal(''), progress=False)"""
+
+def take_up(folder, model, steps):
+    "A fresh process, its imports and all, on this folder: seconds until its first batch is in the model; then it ends by itself"
+    t = time.perf_counter(); p = subprocess.Popen([sys.executable,'-c',TAKE_UP,str(folder),model,str(steps)], stderr=subprocess.PIPE, text=True)
+    for line in p.stderr:
+        if line.startswith('first step'): break
+    t = time.perf_counter()-t; rest = p.communicate()[1]
+    if p.returncode: raise SystemExit(rest)
+    return t
+
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--model', default='tf_efficientnet_b4', help="timm's name; by default the one of the specialists, with one logit"); p.add_argument('--rounds', type=int, default=9)
@@ -52,7 +68,8 @@ def main():
         f = latest(ck); whole = sum(x['bytes'] for x in f.manifest['files'].values())+len((ck/f'{f.stem}.json').read_bytes())
         cpu = time.process_time(); save(); cpu = time.process_time()-cpu
         mem = {f'peak_memory_of_{k}_over_checkpoint':peak(g)/whole for k,g in dict(save=save, naive_torch_save=naive, load=resume).items()}
-        res = dict(benchmark='checkpoint', model=a.model, optimizer=a.optimizer, rounds=a.rounds, bytes=whole, naive_bytes=(d/'naive.pt').stat().st_size, estimate_over_truth=estimate(m, bits=8 if a.optimizer=='adamw8bit' else 32)/whole,
+        run = d/'run'; take_up(run, a.model, 1); first = [take_up(run, a.model, 2+i) for i in range(3)] # each goes on from the one before
+        res = dict(benchmark='checkpoint', process_start_to_first_step_s=statistics.median(first), model=a.model, optimizer=a.optimizer, rounds=a.rounds, bytes=whole, naive_bytes=(d/'naive.pt').stat().st_size, estimate_over_truth=estimate(m, bits=8 if a.optimizer=='adamw8bit' else 32)/whole,
                    **mid, save_worst_s=worst['save_worst_s'], save_cpu_s=cpu, save_over_naive=mid['save_s']/mid['naive_torch_save_s'], percent_of_training_every_3_hours=100*mid['save_s']/10800,
                    percent_of_training_every_10_minutes=100*mid['save_s']/600, **mem)
     res = {k:round(v, 6) if isinstance(v, float) else v for k,v in res.items()}

@@ -11,7 +11,7 @@ __all__ = ['BUILT_ON', 'COLOURS', 'SETTLED', 'LEFT', 'HEAD', 'ENOUGH', 'UNFINISH
            'mission_plan', 'row', 'table', 'ending', 'demo', 'pairs_of', 'dry', 'parser', 'main']
 
 # %% ../nbs/51c_plan.ipynb #013f9d64
-import argparse,os,re,sys,time
+import argparse,functools,os,re,sys,time
 from collections.abc import Mapping
 from dataclasses import dataclass,field,replace
 from datetime import datetime,timezone
@@ -21,8 +21,8 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch,Patch,Polygon,Rectangle
 from fastcore.basics import patch
-from .pack import home,read_json,write_json
-from .checkpoints import CheckpointError,Lease
+from .pack import home,read_json,sha256,write_json
+from .checkpoints import CheckpointError,Lease,_code
 from .budget import Budget,Ledger,price_of
 from .progress import Lines,Look
 from .runs import Record,RunError,_sweep,declared,fill,machine_id
@@ -291,7 +291,7 @@ def _itself(self:Board, n, now, afresh, runs, holds):
     if runs: return replace(now, state='running', kept=d)
     if same and not afresh and d['state']!='running':
         gone = self.gone(n, d) if d['state']=='done' else ''
-        if d['state']!='ready' and not gone: return replace(now, state=d['state'], reason=d['reason'], kept=d)
+        if d['state']!='ready' and not gone: return replace(now, state=d['state'], reason=d['reason'] or self.older(n, d), kept=d)
         now = replace(now, reason=f'{gone} is not there any more' if gone else d['reason'])
     held = '' if holds else self.lease(n).holder()
     if held: return replace(now, state='running', reason=held, kept=d) if same and d['state']=='running' else replace(now, state='taken', reason=held)
@@ -311,6 +311,19 @@ def elsewhere(self:Board, d)->bool:
     if not d.get('record') or d['host']==machine_id(): return False
     try: return Record.load(d['record']).state=='running'
     except RunError: return False
+
+@functools.cache
+def _made_by(record):
+    "The code that a record was made by: hashes of package and notebook; none where the record is not here"
+    try: r = Record.load(record).data
+    except RunError: return None
+    return r.get('package_sha256'),r.get('notebook_sha256')
+
+@patch
+def older(self:Board, n, d)->str: # '' if not
+    "Was it done by other code than this? It counts as done all the same, and that is said"
+    made = _made_by(d['record']) if d['state']=='done' else None
+    return '' if made in (None, (None,None), (_code(),sha256(self.plan[n].path))) else 'done by other code than this'
 
 # %% ../nbs/51c_plan.ipynb #4a67f977
 @patch
@@ -877,7 +890,9 @@ def ending(
     if not (said := recs.get('evaluate A')): return text
     m,real = last_words(said),plan['phase_b'].when is not None
     why = '' if m['gate']=='phase_b' else 'Phase B was not run: the gate has the last word.' if real else f"The gate says {m['gate']}. Phase B ran all the same, as a rehearsal of the machine."
-    return '\n'.join(filter(None, [text, f"{m['gate_name']}: {m['gate_reason']}", why, caveat(m['all_people'])]))
+    old = ', '.join(n for n,s in states.items() if s.state=='done' and s.reason)
+    warn = f'{old}: done by other code than this, and not done again. `run demo --again NAME` does it, or `demo --no-resume`' if old else ''
+    return '\n'.join(filter(None, [text, f"{m['gate_name']}: {m['gate_reason']}", why, warn, caveat(m['all_people'])]))
 
 # %% ../nbs/51c_plan.ipynb #3f575fd8
 def demo(

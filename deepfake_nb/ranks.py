@@ -175,7 +175,8 @@ def launch(
         for r in range(1, world): children.append(_start(r, (world, store.port, cuda, timeout), job))
         yield Ranks(0, world, children, _meet(store, 0, world, cuda, timeout, children))
         if dist.is_initialized(): dist.destroy_process_group()
-        for c in children: c.wait(60)
+        end = time.monotonic()+60 # the others say goodbye too; who does not is ended below
+        while any(c.poll() is None for c in children) and time.monotonic()<end: time.sleep(.02)
     finally: _end(children)
 
 # %% ../nbs/34d_ranks.ipynb #813c260d

@@ -218,7 +218,7 @@ def set_rng_state(
 @patch
 def state(self:Loop)->dict: # tensors and plain values
     "All that the next start needs beside the weights"
-    rest = dict(scaler=self.scaler.state_dict(), mean=self.mean.state_dict() if self.mean else None, budget=self.budget.report() if self.budget else None)
+    rest = dict(times=[self.t_eval, self.t_save], scaler=self.scaler.state_dict(), mean=self.mean.state_dict() if self.mean else None, budget=self.budget.report() if self.budget else None)
     return dict(step=self.step, cursor=self.cursor, steps=self.plan.steps, fixed=self.fixed, world=self.ranks.world, optimizer=self.opt.state_dict(),
                 rng=self.ranks.every(rng_state()), history=self.history.kept(), train=asdict(self.cfg), **rest)
 
@@ -242,6 +242,7 @@ def restore(self:Loop, found):
     self.history.said += found.said+[f'resumed with other settings: {d}' for d in differ]
     if (code := found.manifest.get('code')) and code!=describe(self.model)['code']: self.history.said.append(f"resumed with another version of the code: the checkpoint is of commit {found.manifest['commit'][:7] or '(unknown)'}")
     self.step,self.cursor,self.saved,self.fixed = s['step'],s['cursor'],s['step'],s.get('fixed', 0)
+    self.t_eval,self.t_save = s.get('times', (0.,0.)) # what an evaluation and a save take is known before the first one here
     if self.fixed: self.plan = replace(self.cfg, steps=s['steps'])
     self.opt.load_state_dict(s['optimizer'])
     for g,base in zip(self.opt.param_groups, [g['lr'] for g in groups(self.model, self.cfg)]): g['base'] = base

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck,Phase,given,settings,strategies as st
 from hypothesis.stateful import RuleBasedStateMachine,initialize,invariant,precondition,rule,run_state_machine_as_test
-from common import count,told
+from common import count,told,ended,fork
 from deepfake_nb import budget as bd
 from deepfake_nb.budget import Budget,BudgetError,Clock,Ledger,PURSES
 
@@ -202,14 +202,6 @@ def test_affords_is_the_last_number_that_fits(dollars, step, each, every, after,
     left = b.seconds_left()*(1-spare)
     assert (n==0 or cost(n)<=left+1e-6) and cost(n+1)>left-1e-6
 
-def fork(f):
-    "Run `f` in a process of its own; it ends there"
-    if pid := os.fork(): return pid
-    code = 1
-    try: f(); code = 0
-    finally: os._exit(code)
-
-def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 def clock(born): return Clock(born=lambda: born)
 def paid(path, pod): return sum(l['seconds'] for l in Ledger(path, pod='').state['lines'] if l['pod']==pod)
 

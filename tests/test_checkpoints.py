@@ -3,7 +3,7 @@ import hashlib,io,json,os,pickle,random,resource,shutil,signal,struct,subprocess
 from pathlib import Path
 import numpy as np,pytest,torch
 from torch import nn
-from common import count,wait_for
+from common import count,wait_for,ended,fork
 from deepfake_nb import checkpoints as ck
 from deepfake_nb.checkpoints import CheckpointError,Lease,latest,load_checkpoint,save_checkpoint,save_weights,tidy,damage
 from deepfake_nb.optimizers import AdamW8bit
@@ -30,15 +30,6 @@ def check(folder):
     assert {p.item() for w in m.parameters() for p in w.unique()}=={float(found.step)}
     assert s['cursor']==found.step and (s['moments']==found.step).all()
     return found.step
-
-def fork(f):
-    "Run `f` in a process of its own; it ends there"
-    if pid := os.fork(): return pid
-    code = 1
-    try: code = f() or 0
-    finally: os._exit(code)
-
-def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 def saver(folder, done):
     "Save step after step until killed; `done` is told of each save that returned"

@@ -3,7 +3,7 @@ import json,os,random,signal,subprocess,sys,time
 from dataclasses import replace
 from pathlib import Path
 import nbformat as nbf,pytest
-from common import count,told,wait_for
+from common import count,told,wait_for,ended,fork
 from deepfake_nb.budget import Ledger
 from deepfake_nb.executors import LocalExecutor
 from deepfake_nb.pack import read_json,write_json
@@ -33,15 +33,6 @@ def go(plan, room, slots=1, **kw):
 
 def states(plan, room): return {n:s.state for n,s in Board(plan, room/'state').look().items()}
 
-def fork(f):
-    "Run `f` in a process of its own; it ends there"
-    if pid := os.fork(): return pid
-    code = 1
-    try: code = f()
-    finally: os._exit(code)
-
-def ended(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
 def small(room, **kw):
     "A source, two that build on it at once, of which the second may fail, and one after each"
     src = stage(room/'src.ipynb', "note('src')", "data_hash=str(size)", size=1)
@@ -65,7 +56,11 @@ def test_order_parallel_once_cut_off_and_a_failure(tmp_path):
     # a touched film: looked at again, came out the same, so there it ends
     os.utime(films/'x', (1,1)); (tmp_path/'log').unlink()
     assert go(small(tmp_path), tmp_path, 2)[0]==0 and log(tmp_path)==['src']
-    text = show(small(tmp_path), tmp_path/'state'); assert text.count('done')==5
+    # all once more, as they are now; then a stage is edited: what it did counts, and is said to be of another day
+    now = small(tmp_path); assert go(now, tmp_path, 2, again=tuple(now))[0]==0
+    text = show(now, tmp_path/'state'); assert text.count('done ')==5 and 'other code' not in text
+    work = tmp_path/'work.ipynb'; work.write_text(work.read_text()+' '); text = show(now, tmp_path/'state')
+    assert text.count('done by other code than this')==4 and go(now, tmp_path, 2)==(0, [])
     assert len(plan_figure(small(tmp_path), Board(small(tmp_path), tmp_path/'state').look()).texts)==5
 
 CHARGE = '''from deepfake_nb.budget import Ledger
