@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SELF', 'UNITS', 'LADDER', 'FEATURES', 'FINAL', 'Gate', 'WORDS', 'EvaluationError', 'forged_key', 'precision_context',
-           'colours', 'score_pairs', 'within', 'check_people', 'judge', 'counts', 'judge_pairs', 'surround',
-           'cross_validated', 'codec_features', 'probe_table', 'codec_probe', 'score_histogram', 'roc_figure', 'worst',
-           'worst_clips', 'auc_over_time', 'GateError', 'final_test', 'outcome', 'gate', 'allowed']
+           'colours', 'score_pairs', 'rows_of', 'within', 'check_people', 'judge', 'counts', 'forgeries', 'judge_pairs',
+           'surround', 'cross_validated', 'codec_features', 'probe_table', 'codec_probe', 'score_histogram',
+           'roc_figure', 'worst', 'worst_clips', 'auc_over_time', 'GateError', 'final_test', 'outcome', 'gate',
+           'allowed']
 
 # %% ../nbs/40_evaluation.ipynb #b30a12c3
 import cv2,re,numpy as np,pandas as pd,torch,matplotlib.pyplot as plt
@@ -20,6 +21,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from .leakage import LeakError
 from .metrics import *
+from .intervals import auc_interval,summary
 from .show import curves,strip
 from .video import recompress
 from .batches import normalise,pair_loader
@@ -67,13 +69,16 @@ def score_pairs(
     model.train(False)
     try:
         with torch.inference_mode(), precision_context(device, precision):
-            for b in loader: rows += _rows(b, model.score(normalise(b.to(device), *colours(model)).frames).float().cpu())
+            for b in loader: rows += rows_of(b, model.score(normalise(b.to(device), *colours(model)).frames).float().cpu())
     finally: model.train(was)
     if not rows: raise EvaluationError('the loader gave no batch: too few clips for one?')
     return pd.DataFrame(rows)
 
 # %% ../nbs/40_evaluation.ipynb #4369e505
-def _rows(b, score):
+def rows_of(
+    b, # a `Batch`
+    score, # `(B,)` probabilities
+)->list: # of dicts: key, source, group, pair, label, start, score, blend
     "The rows of one batch"
     n = len(b.key); label = b.label.tolist()
     if score.shape!=(n,): raise EvaluationError(f'{tuple(score.shape)} scores for {n} clips: `score` gives one number a clip')
@@ -84,7 +89,7 @@ def _rows(b, score):
             for k,g,p,y,t,s,m in zip(b.key, b.group, b.pair, label, b.start, score, made)]
 
 # %% ../nbs/40_evaluation.ipynb #54c884dd
-UNITS = {'pair':'pair', 'video':'source', 'group':'group'}
+UNITS = {'pair':'pair', 'clip':'source', 'video':'source', 'group':'group'}
 
 def within(
     groups, # group of each row
@@ -108,7 +113,7 @@ def check_people(
 # %% ../nbs/40_evaluation.ipynb #75b672c9
 def judge(
     rows, # of `score_pairs`: key, source, group, pair, label, score, blend
-    unit:str='pair', # 'pair': clips, drawn pair by pair; 'video': mean over a video; 'group': the same, drawn person by person
+    unit:str='pair', # 'pair': clips, drawn pair by pair; 'clip': clips, drawn video by video; 'video': mean over a video; 'group': the same, drawn person by person
     *,
     train_groups, # who was trained on; [] for a model that was never trained
     expected=None, # keys of all videos that should have been judged
@@ -123,10 +128,10 @@ def judge(
     if unit not in UNITS: raise EvaluationError(f'unit {unit!r}: {", ".join(UNITS)}')
     d = pd.DataFrame(rows)
     check_people(d, train_groups)
-    t = d if unit=='pair' else aggregate(d).merge(d.assign(video=d.key.map(video_of))[['video','source']].drop_duplicates(), on='video')
+    t = d if unit in ('pair','clip') else aggregate(d).merge(d.assign(video=d.key.map(video_of))[['video','source']].drop_duplicates(), on='video')
     res = summary(t.score, t.label, t[UNITS[unit]], n, seed)
     cover = coverage(expected, d.assign(key=d.source)) if expected is not None else None
-    return res | dict(unit=unit, within=within(d.group, unit), fakes=_fakes(d), counts=counts(d), coverage=cover, seed=seed, resamples=n, precision=precision,
+    return res | dict(unit=unit, within=within(d.group, unit), fakes=forgeries(d), counts=counts(d), coverage=cover, seed=seed, resamples=n, precision=precision,
                       selection=selection, trained_on=len(set(train_groups)), model_sha256=model_sha256, data_hash=data_hash)
 
 # %% ../nbs/40_evaluation.ipynb #3408b653
@@ -136,8 +141,8 @@ def counts(d:pd.DataFrame)->dict: # of the rows
     return dict(clips=len(d), real=int((d.label==0).sum()), fake=int((d.label==1).sum()), videos=int(made.nunique()),
                 real_videos=int(made[d.label==0].nunique()), fake_videos=int(made[d.label==1].nunique()), pairs=int(d.pair.nunique()), people=int(d.group.nunique()))
 
-def _fakes(d):
-    "What the fakes are"
+def forgeries(d:pd.DataFrame)->str: # of the rows
+    "What the fakes are: forged, self-blends, or mixed"
     blend = d.blend[d.label==1].astype(bool)
     return 'self-blends' if blend.all() else 'mixed' if blend.any() else 'forged'
 
@@ -151,8 +156,8 @@ def judge_pairs(
     "A short verdict for the curve of a training"
     size = max(k for k in (1,2,3,4) if n%k==0)
     d = score_pairs(model, pair_loader(ds, size, n, epoch=0, workers=workers), device, precision)
-    ends = dict(zip(('lo','hi'), bootstrap('auc', d.score, d.label, d.pair, seed=seed))) if n>1 else {}
-    return dict(auc=auc(d.score, d.label), **ends, eer=eer(d.score, d.label), pairs=n, people=int(d.group.nunique()))
+    i = auc_interval(d.score, d.label, d.pair, seed=seed)
+    return dict(auc=i.value, **(dict(lo=i.lo, hi=i.hi) if i.method else {}), eer=eer(d.score, d.label), pairs=n, people=int(d.group.nunique()))
 
 # %% ../nbs/40_evaluation.ipynb #71d4f629
 def surround(
@@ -219,8 +224,8 @@ def codec_probe(
     "AUC of a logistic regression that sees only the codec, in the surround only"
     X,y,u = probe_table(items)
     p,weights = cross_validated(X, y, u, folds, seed)
-    lo,hi = bootstrap('auc', p, y, u, n, seed)
-    return dict(auc=auc(p, y), lo=lo, hi=hi, units=len(set(u)), clips=len(y), seed=seed, weights=dict(zip(FEATURES, weights.round(4).tolist())))
+    i = auc_interval(p, y, u, n, seed)
+    return dict(auc=i.value, lo=i.lo, hi=i.hi, units=len(set(u)), clips=len(y), seed=seed, weights=dict(zip(FEATURES, weights.round(4).tolist())))
 
 # %% ../nbs/40_evaluation.ipynb #5fe17efa
 def score_histogram(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MIN_LENGTH', 'Row', 'Settings', 'shard_name', 'store_video', 'lead_silence', 'Report', 'build_store', 'contact_sheet',
-           'measured', 'coverage_table', 'worst_cases']
+           'measured', 'coverage_table', 'worst_cases', 'prepared']
 
 # %% ../nbs/07_stores.ipynb #a3429c1b
 import json,math,multiprocessing,numpy as np,os,re,threading
@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from hashlib import sha256 as _sha
 from fastcore.basics import patch
-from .pack import write_json
+from .pack import read_json,write_json
 from .video import VideoError
 from .faces import FaceMesh,FaceTrack,apply,box_of,face_tracks,invert,roi_of_marks,warp
 from .clips import SOUND_RATE,StoreError,ShardWriter,FaceStore,open_shard,windows
@@ -359,3 +359,12 @@ def worst_cases(
             film.frames.wanted = set(map(int, pick(film.frames.announced, each))).__contains__
             shown += [(f.image, f"{v.name[-14:]}: {100*rows[v.key].tracked/rows[v.key].frames:.0f} %" if k==0 else f'frame {f.index}') for k,f in enumerate(film.frames)]
     return sheet([i for i,_ in shown], [t for _,t in shown], cols=8, size=1.3) if shown else None
+
+# %% ../nbs/07_stores.ipynb #bd36f8cc
+def prepared(
+    store, # a `FaceStore` that `prepare` made
+)->tuple: # its manifest, and key -> sha256
+    "What lies beside the shards: which videos they were cut from"
+    folder = Path(store.folder)
+    if not (folder/'manifest.jsonl').exists(): raise StoreError(folder.name, 'no manifest.jsonl beside its shards', remedy='prepare the videos with the `prepare` stage')
+    return Manifest.load(folder/'manifest.jsonl'),{r['key']:r['sha256'] for r in read_json(folder/'store.json')['rows'] if r['sha256']}
