@@ -6,7 +6,7 @@
 __all__ = ['Frame', 'PRESETS', 'ENCODERS', 'VideoError', 'Caps', 'VideoFile', 'read_sound', 'write_video', 'recompress']
 
 # %% ../nbs/03_video.ipynb #80651e9f
-import av,io,zipfile,zlib,numpy as np
+import av,io,platform,zipfile,zlib,numpy as np
 from av.codec.codec import UnknownCodecError
 from av.video.reformatter import VideoReformatter
 from collections import Counter,namedtuple
@@ -295,10 +295,10 @@ _FORMATS = {'.mp4':'mp4', '.mov':'mov', '.mkv':'matroska', '.avi':'avi', '.ts':'
 def _even(h, w, name):
     if h%2 or w%2: raise VideoError(name, f'sides of {h} x {w} (height x width), and 4:2:0 colour needs even ones', 'crop or pad by one')
 
-def _setup(cc, h, w, base, qp, preset, gop=250):
+def _setup(cc, h, w, base, qp, preset, gop=250, crf=None):
     "Fixed quality, one thread: the same input gives the same bytes"
     cc.width,cc.height,cc.pix_fmt,cc.time_base,cc.thread_count,cc.gop_size = w,h,'yuv420p',base,1,gop
-    cc.options = _options(cc.name, qp, preset)
+    cc.options = _options(cc.name, qp, preset, crf)
     return cc
 
 def _encode_all(o, s, frames, stamps, base, name):
@@ -311,12 +311,15 @@ def _encode_all(o, s, frames, stamps, base, name):
 
 # %% ../nbs/03_video.ipynb #d34a5e10
 PRESETS = 'ultrafast superfast veryfast faster fast medium slow slower veryslow'.split()
+_TALK = {'libx265':{'x265-params':'log-level=none:pools=none:frame-threads=1:info=0'}}
+_PLAIN = {'x264-params':'asm=SSSE3'} if platform.machine() in ('x86_64','AMD64') else {} # x264's AVX-512 code of the look ahead reads memory that nobody wrote
 
-def _options(name, qp, preset):
-    "A constant quantiser, no threads and no chatter, in the words of the encoder `name`"
-    if name!='libvpx-vp9': return dict(qp=str(qp), preset=preset) | ({'x265-params':'log-level=none:pools=none:frame-threads=1:info=0'} if name=='libx265' else {})
-    q,speed = str(round(qp*63/51)),str(max(5, 8-PRESETS.index(preset)))
-    return {'b':'0', 'crf':q, 'qmin':q, 'qmax':q, 'deadline':'realtime', 'cpu-used':speed, 'lag-in-frames':'0', 'auto-alt-ref':'0'}
+def _options(name, qp, preset, crf=None):
+    "A constant quantiser, or with `crf` a constant quality; no threads and no chatter, in the words of the encoder `name`"
+    level = qp if crf is None else crf
+    if name!='libvpx-vp9': return {'qp' if crf is None else 'crf':str(level), 'preset':preset} | _TALK.get(name, {}) | (_PLAIN if crf is not None and name=='libx264' else {})
+    q,speed = str(round(level*63/51)),str(max(5, 8-PRESETS.index(preset)))
+    return {'b':'0', 'crf':q, **(dict(qmin=q, qmax=q) if crf is None else {}), 'deadline':'realtime', 'cpu-used':speed, 'lag-in-frames':'0', 'auto-alt-ref':'0'}
 
 # %% ../nbs/03_video.ipynb #db541f45
 def write_video(
@@ -357,11 +360,11 @@ def _encode_sound(o, a, sound):
 # %% ../nbs/03_video.ipynb #6abd153d
 ENCODERS = dict(h264='libx264', hevc='libx265', vp9='libvpx-vp9') # codec -> FFmpeg's name of its encoder
 
-def _encoder(codec, h, w, base, qp, preset, gop):
+def _encoder(codec, h, w, base, qp, preset, gop, crf=None):
     "An open encoder of `codec`"
     name = ENCODERS.get(codec)
     if name is None: raise VideoError('clip', f'no codec {codec!r}', f'use one of {" ".join(ENCODERS)}')
-    try: enc = _setup(av.CodecContext.create(name, 'w'), h, w, base, qp, preset, gop)
+    try: enc = _setup(av.CodecContext.create(name, 'w'), h, w, base, qp, preset, gop, crf)
     except UnknownCodecError: raise VideoError('clip', f'the installed PyAV has no encoder {name} for {codec!r}', "use codec='h264' (in draws: codecs=dict(h264=1.)), or PyAV's own wheel") from None
     try: enc.open()
     except av.FFmpegError as e: raise VideoError('clip', f'{name} refuses sides of {h} x {w} (height x width): {e.strerror}', "use larger frames, or codec='h264'") from None
@@ -382,13 +385,15 @@ def recompress(
     preset:str='veryfast', # one of `PRESETS`
     gop:int=250, # frames from one key frame to the next, at most
     codec:str='h264', # one of `ENCODERS`
+    crf:int=None, # constant quality instead of a constant quantiser, on the same scale; `qp` is then not looked at
 )->tuple: # the clip after the codec, same shape, and the bytes of the stream
     "Send a clip through an encoder and back, the same way each time"
     if clip.ndim!=4 or clip.dtype!=np.uint8 or not len(clip): raise VideoError('clip', f'{clip.dtype} of shape {clip.shape} is not (T,H,W,3) uint8', 'pass frames as decoded')
     _even(*clip.shape[1:3], 'clip')
-    if preset not in PRESETS or not 0<=qp<=51 or gop<1: raise VideoError('clip', f'no encoder with qp {qp}, preset {preset!r}, gop {gop}', f'qp 0..51, gop from 1, preset one of {" ".join(PRESETS)}')
+    name,level = ('qp',qp) if crf is None else ('crf',crf)
+    if preset not in PRESETS or not 0<=level<=51 or gop<1: raise VideoError('clip', f'no encoder with {name} {level}, preset {preset!r}, gop {gop}', f'{name} 0..51, gop from 1, preset one of {" ".join(PRESETS)}')
     base,rgb,out = Fraction(1, 25),VideoReformatter(),[]
-    packets = [*_packed(_encoder(codec, *clip.shape[1:3], base, qp, preset, gop), clip, base), None]
+    packets = [*_packed(_encoder(codec, *clip.shape[1:3], base, qp, preset, gop, crf), clip, base), None]
     dec = av.CodecContext.create(codec, 'r'); dec.thread_count = 1
     for p in packets: out += [rgb.reformat(f, format='rgb24', threads=1).to_ndarray() for f in dec.decode(p)]
     out = np.stack(out)
