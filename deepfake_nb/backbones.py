@@ -132,10 +132,10 @@ def groups(self:Backbone)->list: # of lists of parameter names: the stem, then e
 
 @patch
 def freeze(self:Backbone,
-    n:int, # 0: all is trained; n: the stem and the first n stages are not
+    n:int, # 0: all is trained; n: the stem and the first n stages are not; -1: nothing is
 ):
     "Freeze the stem and `n` stages"
-    groups = self.groups()
+    groups = self.groups(); n = len(groups)-1 if n==-1 else n
     if not 0<=n<len(groups): raise ValueError(f'{self.name} at stride {self.stride} has {len(groups)-1} stages; cannot freeze {n}')
     still = {k for g in groups[:n+1 if n else 0] for k in g}
     for k,p in self.net.named_parameters(): p.requires_grad_(k not in still)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'MARGIN', 'FINISHED', 'MODELS', 'CheckpointError', 'weights_bytes', 'state_bytes', 'describe', 'commit',
-           'estimate', 'damage', 'outlived', 'drop', 'spare', 'room', 'save_checkpoint', 'read_state', 'read_tensors',
-           'Found', 'latest', 'fill', 'load_checkpoint', 'tidy', 'build', 'save_weights', 'card_of', 'load_model',
-           'Lease']
+           'code_hash', 'estimate', 'damage', 'outlived', 'drop', 'spare', 'room', 'save_checkpoint', 'read_state',
+           'read_tensors', 'Found', 'latest', 'fill', 'load_checkpoint', 'tidy', 'build', 'save_weights', 'card_of',
+           'load_model', 'Lease']
 
 # %% ../nbs/32_checkpoints.ipynb #334cc2ab
 import fcntl,functools,hashlib,importlib.metadata,io,json,os,pickle,re,shutil,socket,struct,subprocess,uuid,zipfile
@@ -62,7 +62,7 @@ def describe(
     model = getattr(model, '_orig_mod', model)
     config = getattr(model, 'cfg', {}) if config is None else config
     config = asdict(config) if is_dataclass(config) else dict(config)
-    return dict(schema=1, model=type(model).__name__, config=config, versions=_versions(), commit=commit(), code=_code())
+    return dict(schema=1, model=type(model).__name__, config=config, versions=_versions(), commit=commit(), code=code_hash())
 
 @functools.cache
 def _versions(): return {n:importlib.metadata.version(n) for n in ('torch','safetensors')}
@@ -79,7 +79,9 @@ def commit()->str: # the hash, or '' outside the project's repository
 def _package(): return Path(deepfake_nb.__file__).resolve().parent
 
 @functools.cache
-def _code(): return tree_sha256(_package())
+def code_hash()->str: # sha256
+    "Of all the code of this package, as it lies here"
+    return tree_sha256(_package())
 
 # %% ../nbs/32_checkpoints.ipynb #d21607d0
 def estimate(

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['BUILT_ON', 'COLOURS', 'SETTLED', 'LEFT', 'HEAD', 'ENOUGH', 'UNFINISHED', 'GRACE', 'B4', 'SHARE', 'READ', 'CUT',
-           'START', 'CORES', 'SOURCES', 'SET_HERE', 'STF', 'FIVE', 'TEAM', 'SOUND', 'DATA', 'APART', 'PLANS', 'DEMO',
-           'PlanError', 'Out', 'Task', 'slug', 'Plan', 'fingerprint', 'State', 'Board', 'in_hours', 'in_dollars',
-           'under', 'plan_figure', 'columns', 'show', 'Runner', 'run', 'b4_rate', 'cutting', 'learning', 'Source',
-           'published', 'stage_hours', 'deal', 'demo_plan', 'paid', 'five_dollar_plan', 'Member', 'specialists_plan',
-           'mission_plan', 'row', 'table', 'ending', 'demo', 'pairs_of', 'dry', 'parser', 'main']
+           'START', 'CORES', 'SOURCES', 'SET_HERE', 'STF', 'LAST', 'FIVE', 'TEAM', 'SOUND', 'FINAL', 'DATA', 'APART',
+           'PLANS', 'DEMO', 'PlanError', 'Out', 'Task', 'slug', 'Plan', 'fingerprint', 'State', 'Board', 'in_hours',
+           'in_dollars', 'under', 'plan_figure', 'columns', 'show', 'Runner', 'run', 'b4_rate', 'cutting', 'learning',
+           'Source', 'published', 'stage_hours', 'deal', 'demo_plan', 'paid', 'five_dollar_plan', 'Member',
+           'specialists_plan', 'mission_plan', 'baselines_plan', 'row', 'table', 'ending', 'demo', 'pairs_of', 'dry',
+           'parser', 'main']
 
 # %% ../nbs/51c_plan.ipynb #013f9d64
 import argparse,functools,os,re,sys,time
@@ -22,14 +23,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch,Patch,Polygon,Rectangle
 from fastcore.basics import patch
 from .pack import home,read_json,sha256,write_json
-from .checkpoints import CheckpointError,Lease,_code
+from .checkpoints import CheckpointError,Lease,code_hash
 from .budget import Budget,Ledger,price_of
 from .progress import Lines,Look
 from .runs import Record,RunError,_sweep,declared,fill,machine_id
 from .executors import Call,LocalExecutor,RayExecutor,notebook
 from .training import STAGES
 from .datasets import ABOUT
-from .presets import caveat,digest,last_words
+from .presets import BASELINES,caveat,digest,last_words
 from .specialists.team import MODULES
 
 # %% ../nbs/51c_plan.ipynb #180e71dd
@@ -323,7 +324,7 @@ def _made_by(record):
 def older(self:Board, n, d)->str: # '' if not
     "Was it done by other code than this? It counts as done all the same, and that is said"
     made = _made_by(d['record']) if d['state']=='done' else None
-    return '' if made in (None, (None,None), (_code(),sha256(self.plan[n].path))) else 'done by other code than this'
+    return '' if made in (None, (None,None), (code_hash(),sha256(self.plan[n].path))) else 'done by other code than this'
 
 # %% ../nbs/51c_plan.ipynb #4a67f977
 @patch
@@ -729,7 +730,7 @@ def stage_hours(
     return cut+row.chunks*max(once, cut) if cuts else row.chunks*once
 
 # %% ../nbs/51c_plan.ipynb #3ed7e34d
-SET_HERE = ('store','checkpoints','grown_from','ledger','purse','phase','name','gate','rehearsal','specialist','stage','chunks','sound_store','from_checkpoint') # parameters that a plan sets by itself
+SET_HERE = ('store','checkpoints','grown_from','ledger','purse','phase','name','gate','rehearsal','specialist','stage','chunks','sound_store','from_checkpoint','baseline','model','results','members','bg','av','cm','rr','ll','tm','stf','test_store') # parameters that a plan sets by itself
 
 def deal(
     given:dict, # name -> value, for a whole plan
@@ -741,6 +742,9 @@ def deal(
     return {s:{k:v for k,v in given.items() if k in known[s] and v is not None} for s in stages}
 
 STF = ('prepare','phase_a','phase_b','evaluate') # stages of STF-Mamba
+LAST = ('targets','damages','shaken') # what only the last judgement opens: the gate steers, so it may not see the end
+def _gate(given): return {k:v for k,v in given.items() if k not in LAST}
+def _places(given): return tuple(p.strip() for p in (given.get('targets') or '').split(',') if p.strip())
 
 def demo_plan(
     given:dict, # parameters of the stages
@@ -750,9 +754,9 @@ def demo_plan(
     a,mark = dict(checkpoints=Out('phase_a', 'checkpoints')),dict(rehearsal=said(differs='phase_b')); films,fakes = given.get('videos') or '',given.get('gate_videos') or ''
     return Plan('demo', [Task('prepare', 'prepare', d['prepare'], watch=(films,)),
         Task('phase_a', 'phase_a', d['phase_a']|store, model='STF-Mamba'),
-        Task('evaluate A', 'evaluate', d['evaluate']|store|a|dict(phase='a'), watch=(fakes,)),
+        Task('evaluate A', 'evaluate', _gate(d['evaluate'])|store|a|dict(phase='a'), watch=(fakes,)),
         Task('phase_b', 'phase_b', d['phase_b']|store|a|mark|dict(gate=said()), model='STF-Mamba', when=said(equals='phase_b') if fakes else None),
-        Task('evaluate B', 'evaluate', d['evaluate']|store|a|mark|dict(phase='b'), after=('phase_b',), watch=(fakes,))],
+        Task('evaluate B', 'evaluate', d['evaluate']|store|a|mark|dict(phase='b'), after=('phase_b',), watch=(fakes,*_places(given)))],
         price=price_of(given.get('gpu') or 'RTX 4090', given.get('price')), about=f"{Path(films).resolve() if films else ''} {given.get('preset')}")
 
 # %% ../nbs/51c_plan.ipynb #7e2cdf00
@@ -778,7 +782,7 @@ def five_dollar_plan(
     if not given.get('gate_videos'): raise PlanError('the gate of this plan decides over money, so it reads real fakes: name gate_videos, a folder with real/ and fake/')
     given = paid(given, "ConvNeXt V2's pretrained ones"); films = given.get('videos') or ''
     m,d,price = FIVE|(money or {}),deal(given, *STF),price_of(given.get('gpu') or 'RTX 4090', given.get('price'))
-    store,kept,gates,fakes = dict(store=Out('prepare', 'store')),'phase A',[],(given['gate_videos'],)
+    store,kept,gates,fakes,closed = dict(store=Out('prepare', 'store')),'phase A',[],(given['gate_videos'],),{k:'' for k in ('targets','damages') if k in d['evaluate']}
     def task(name, stage, dollars, purse, more, **kw):
         return Task(name, (stages or {}).get(stage, stage), d[stage]|more, purse=purse, dollars=dollars, hours=dollars/price, gpus=gpus*(stage!='prepare'), **kw)
     def train(name, stage, dollars, purse, more, **kw): return task(name, stage, dollars, purse, store|dict(budget=dollars)|more, model='STF-Mamba', **kw)
@@ -788,10 +792,10 @@ def five_dollar_plan(
             more = _more(given)|dict(grown_from=Out(kept, 'checkpoints')); kept = f'more {i}'
             tasks.append(train(kept, 'phase_a', m['more'], 'reserve', more, when=Out(gates[-1], 'gate', equals='more_phase_a'), optional=True))
         gates.append(f'gate {i or "A"}')
-        tasks.append(task(gates[-1], 'evaluate', m['gate'], 'reserve', store|dict(phase='a', checkpoints=Out(kept, 'checkpoints')), watch=fakes))
+        tasks.append(task(gates[-1], 'evaluate', m['gate'], 'reserve', store|dict(phase='a', checkpoints=Out(kept, 'checkpoints'), **closed), watch=fakes))
     said = lambda metric,**kw: Out(tuple(gates), metric, **kw); grown = dict(checkpoints=said('checkpoints'))
     tasks.append(train('phase B', 'phase_b', m['b'], 'train', grown|dict(gate=said('gate')), when=said('gate', equals='phase_b')))
-    tasks.append(task('evaluate B', 'evaluate', m['last'], 'reserve', store|grown|dict(phase='b'), after=('phase B',), watch=fakes))
+    tasks.append(task('evaluate B', 'evaluate', m['last'], 'reserve', store|grown|dict(phase='b'), after=('phase B',), watch=(*fakes,*_places(given))))
     return Plan('five dollars', tasks, {p:m[p] for p in ('train','reserve')}, price, about=str(Path(films).resolve()) if films else '')
 
 def _more(given): return dict(steps=max(1, given['steps']//5)) if given.get('steps') else {} # a prolongation is a fifth
@@ -805,7 +809,8 @@ class Member:
 
 TEAM = {1:Member(('BG','AV')), 2:Member(('CM','RR')), 3:Member(('LL','TM')), 4:Member((), 'integrates and monitors')}
 SOUND = 'sound' # key of a folder of real clips with sound, for AV
-DATA = (*(s.name for s in SOURCES.values()), SOUND)
+FINAL = 'final' # key of a labelled set that judges the fused verdict, and is opened for nothing else
+DATA = (*(s.name for s in SOURCES.values()), SOUND, FINAL)
 
 def _place(data, name): return str(data.get(name) or home()/'data'/name)
 
@@ -824,6 +829,14 @@ def _stage(code, number, person, given, data, price, cuts, gpus):
     return Task(f'{code} stage {number}', 'specialist_stage', g, after=(f'{code} stage {number-1}',)*(number>1), purse='team', dollars=hours*price, hours=hours, model=code, person=person, gpus=gpus,
                 resources={f'person{person}':1}, watch=(_place(data, s.name),)*(number==4))
 
+# %% ../nbs/51c_plan.ipynb #0626a89e
+def _integrate(codes, given, data, price, gpus, person):
+    "The task that fuses"
+    hours = sum(learning(c, 0, 0, 4*SOURCES[1].judged) for c in codes)
+    g = given|{c.lower():Out(f'{c} stage 4', 'checkpoints') for c in codes}|dict(store=Out(f'prepare {SOURCES[1].name}', 'store'), split='val')
+    if data.get(FINAL): g['test_store'] = Out(f'prepare {FINAL}', 'store')
+    return Task('integrate', 'integrate', g, purse='team', dollars=hours*price, hours=hours, person=person, gpus=gpus, resources={f'person{person}':1})
+
 # %% ../nbs/51c_plan.ipynb #76f88d93
 def specialists_plan(
     data:dict=None, # name of `DATA` -> folder; default below DEEPFAKE_NB_HOME/data
@@ -831,17 +844,19 @@ def specialists_plan(
     given:dict=None, # parameters of the stages; `weights` among them, unless preset says otherwise than full
     gpus:float=1,
 )->Plan:
-    "Every specialist through every stage, each by its person, each from the stage before"
-    data,given = data or {},paid(given or {}, "EfficientNet-B4's pretrained ones"); d,price = deal(given, 'prepare', 'specialist_stage'),price_of(given.get('gpu') or 'RTX 4090', given.get('price'))
+    "Every specialist through every stage, each by its person, each from the stage before; then one verdict"
+    data,given = data or {},paid(given or {}, "EfficientNet-B4's pretrained ones"); d,price = deal(given, 'prepare', 'specialist_stage', 'integrate'),price_of(given.get('gpu') or 'RTX 4090', given.get('price'))
     if odd := set(data)-set(DATA): raise PlanError(f'no data set is called {", ".join(sorted(odd))}: there are {", ".join(DATA)}')
     pairs = [(c,p) for p,m in team.items() for c in m.models]; codes = [c for c,_ in pairs]
     if odd := [c for c in codes if c not in MODULES or codes.count(c)>1]: raise PlanError(f'{odd[0]}: in the team twice, or no specialist; there are {", ".join(MODULES)}')
     needs = {c:MODULES[c].needs for c in codes}; native = any(n.pixels=='native' for n in needs.values())
     tasks = [_cut_once(s.name, d['prepare'], data, price, cutting(s.films, s.seconds, s.kind), native and s.native, **(dict(spans=4) if s.kind[1]=='spans' else {}), **s.options) for n,s in SOURCES.items() if n<4]
     if hear := [c for c in codes if needs[c].sound]: tasks.append(_cut_once(SOUND, d['prepare'], data, price, cutting(500, 8., ('360p','all')), False, labels='real'))
+    if data.get(FINAL): tasks.append(_cut_once(FINAL, d['prepare'], data, price, cutting(1000, 15., ('1080p','spans')), native, spans=4, splits='test'))
     kind = lambda c: (needs[c].pixels,max(32, needs[c].frames)) # who shares the faces of the chunks
     first = {kind(c):c for c in reversed(codes)}
     tasks += [_stage(c, n, p, d['specialist_stage'], data, price, first[kind(c)]==c, gpus) for c,p in pairs for n in STAGES]
+    tasks += [_integrate(codes, d['integrate'], data, price, gpus, p) for p,m in team.items() if not m.models]
     return Plan('specialists', tasks, dict(team=round(sum(t.given.get('budget') or t.dollars for t in tasks), 2)), price, about=' '.join(str(Path(_place(data, n)).resolve()) for n in DATA))
 
 # %% ../nbs/51c_plan.ipynb #3d7655a7
@@ -854,10 +869,25 @@ def mission_plan(
 )->Plan:
     "All of it in one graph: five dollars for STF-Mamba, and the team's specialists"
     given = dict(given); b4 = given.pop('b4_weights', '')
-    d = deal(given, *STF, 'specialist_stage'); mine = lambda *stages: {k:v for s in stages for k,v in d[s].items()}
-    theirs = {k:v for k,v in mine('prepare', 'specialist_stage').items() if k not in APART}|dict(weights=b4)
+    d = deal(given, *STF, 'specialist_stage', 'integrate'); mine = lambda *stages: {k:v for s in stages for k,v in d[s].items()}
+    theirs = {k:v for k,v in mine('prepare', 'specialist_stage', 'integrate').items() if k not in APART}|dict(weights=b4)
     a,b = five_dollar_plan(mine(*STF), gpus=gpus),specialists_plan(data, team, theirs, gpus)
-    return Plan('mission', [*b.tasks, *a.tasks], a.purses|b.purses, a.price, about=f'{a.about} {b.about}')
+    seventh = lambda t: replace(t, given=t.given|dict(stf=Out(('phase A','phase B'), 'checkpoints'))) if t.stage=='integrate' else t # whatever the gate says, the last of the two that is done
+    return Plan('mission', [*map(seventh, b.tasks), *a.tasks], a.purses|b.purses, a.price, about=f'{a.about} {b.about}')
+
+# %% ../nbs/51c_plan.ipynb #fb9e7a7b
+def baselines_plan(
+    given:dict, # parameters of the stages
+)->Plan:
+    "Phase A and what it has to beat, on the same pairs"
+    d = deal(given, 'prepare', 'phase_a', 'evaluate', 'compare'); films = given.get('videos') or ''
+    out = home()/'results'/f'baselines-{digest(given)}'; store,tasks = dict(store=Out('prepare', 'store')),[Task('prepare', 'prepare', d['prepare'], watch=(films,))]
+    for b in ('',*BASELINES):
+        n = b or 'Phase A'; mine = store|dict(baseline=b)
+        tasks += [Task(f'train {n}', 'phase_a', d['phase_a']|mine, model=n),
+                  Task(f'judge {n}', 'evaluate', d['evaluate']|mine|dict(phase='a', checkpoints=Out(f'train {n}', 'checkpoints'), results=str(out/slug(n))))]
+    tasks.append(Task('compare', 'compare', {k:v for k,v in d['compare'].items() if k!='targets'}|dict(results=str(out), levels=given.get('levels') or 'video,frame,clip'), after=tuple(t.name for t in tasks if t.stage=='evaluate')))
+    return Plan('baselines', tasks, price=price_of(given.get('gpu') or 'RTX 4090', given.get('price')), about=f"{Path(films).resolve() if films else ''} {digest(given)}")
 
 # %% ../nbs/51c_plan.ipynb #cceb3357
 def row(
@@ -911,13 +941,13 @@ def demo(
 
 # %% ../nbs/51c_plan.ipynb #c170edd3
 PLANS = dict(demo=lambda given,data,gpus: demo_plan(given), five_dollars=lambda given,data,gpus: five_dollar_plan(given, gpus=gpus),
-             specialists=lambda given,data,gpus: specialists_plan(data, given=given, gpus=gpus), mission=lambda given,data,gpus: mission_plan(given, data, gpus=gpus))
+             specialists=lambda given,data,gpus: specialists_plan(data, given=given, gpus=gpus), baselines=lambda given,data,gpus: baselines_plan(given), mission=lambda given,data,gpus: mission_plan(given, data, gpus=gpus))
 
 def pairs_of(
     words, # 'name=value' each
 )->tuple: # parameters of stages, folders of data sets
     "What was given by -p, each value of the type that the stages declare"
-    given,data,known = {},{},{k:p['type'] for s in (*STF, 'specialist_stage') for k,p in declared(notebook(s)).items()}
+    given,data,known = {},{},{k:p['type'] for s in (*STF, 'specialist_stage', 'integrate', 'compare') for k,p in declared(notebook(s)).items()}
     for w in words or ():
         k,eq,v = w.partition('='); k = k.strip().replace('-', '_')
         if not eq: raise PlanError(f'-p {w}: write -p name=value')

@@ -27,3 +27,17 @@ def wait_for(f, seconds=60):
         assert time.monotonic()<end, 'waited too long'
         time.sleep(.02)
     return got
+
+def play(stage, given):
+    "The cells of a stage notebook, one after the other, in this process; what they left"
+    import matplotlib.pyplot as plt,nbformat
+    from IPython.display import display
+    from deepfake_nb.executors import notebook
+    from deepfake_nb.runs import declared
+    path = notebook(stage); assert not set(given)-set(declared(path))
+    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type=='code']; space = dict(__name__='stage', display=display)
+    exec(cells[0], space); space.update(given)
+    try:
+        for c in cells[1:]: exec(compile(c, f'{path.name}: {c[:40]}', 'exec'), space)
+    finally: plt.close('all')
+    return space

@@ -1,17 +1,23 @@
-"One test for each defect of evaluation that was found in a widely used benchmark (those of reading the data are in test_datasets.py): every one of them would fail there. Numbers follow the list in this project's notes, 3 to 9."
-import json,subprocess,sys
+"One test for each defect that was found in a widely used benchmark: every one of them would fail there. Numbers follow the list in this project's notes. 1, 2, 10 and 11 are defects of reading the data, their tests are in test_datasets.py; what evaluation adds to them is here."
+import json,re,subprocess,sys
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np,pandas as pd,pytest,torch
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 from deepfake_nb.batches import window_loader
+from deepfake_nb.bench import BenchError,read_predictions,write_predictions
 from deepfake_nb.clips import ClipSampler,FaceStore,ShardWriter,windows
 from deepfake_nb.evaluation import judge
 from deepfake_nb.metrics import aggregate,auc
 from deepfake_nb.miniatures import miniature
+from deepfake_nb.protocol import ProtocolError,Scored,Target,choose,fix
 from deepfake_nb.training import History,KeepBest
 from test_store import ENV,synthetic
+
+def test_each_of_the_eleven_has_a_test():
+    named = {int(n) for p in Path(__file__).parent.glob('test_*.py') for n in re.findall(r'^def test_b4_(\d+)_', p.read_text(), re.M)}
+    assert named==set(range(1, 12))
 
 SIMPLE = SimpleNamespace(key='d/real/as_is/v#0', group='g', frames=60)
 
@@ -37,6 +43,12 @@ def test_b4_4_a_video_is_its_whole_key_and_not_a_folder_name():
     assert len(a)==700 and (a.clips==4).all()
     by_name = rows.assign(name=[k.split('/')[-1] for k in rows.key]).groupby(['name','label']).score.mean().reset_index()
     assert len(by_name)==280 and abs(roc_auc_score(by_name.label, by_name.score)-auc(a.score, a.label))>.03
+
+def test_b4_4_nor_in_predictions_that_come_from_there(tmp_path):
+    "The same scores as a file of theirs, read: 700 videos and their AUC, not 280 folders"
+    rows = scores().assign(start=lambda d: d.groupby('key').cumcount()); write_predictions(rows, tmp_path/'p.csv'); a,b = aggregate(rows),aggregate(read_predictions(tmp_path/'p.csv'))
+    theirs = pd.read_csv(tmp_path/'p.csv').assign(at=lambda d: d.img_names.str.split('/').str[-2]).groupby(['at','y_true']).y_pred.mean().reset_index()
+    assert len(b)==700 and auc(b.score, b.label)==auc(a.score, a.label) and len(theirs)==280 and roc_auc_score(theirs.y_true, theirs.y_pred)-auc(b.score, b.label)>.03
 
 def test_b4_5_the_auc_of_a_video_is_not_that_of_its_clips():
     "There: for clip models the video's AUC is the clips' AUC, nothing is aggregated"
@@ -92,3 +104,17 @@ def test_b4_9_nothing_hangs_on_global_seeds_or_on_places(tmp_path, shelf):
         assert r.returncode==0, r.stderr[-1500:]
         said.append(r.stdout.splitlines()[-1])
     assert said[0]==said[1] and said[0].endswith('False')
+
+def test_b4_10_studio_films_are_no_reals_in_predictions_either(tmp_path):
+    "There: DeeperForensics' reals are films of another camera, and a network of four layers has .911"
+    top = 'DeeperForensics-1.0'; d = pd.DataFrame(dict(img_names=[f'{top}/manipulated_videos/end_to_end/frames/000_M101/000.png', f'{top}/source_videos/M101/frames/take_1/000.png'], y_pred=[.9,.1], y_true=[1,0])); d.to_csv(tmp_path/'p.csv', index=False)
+    with pytest.raises(BenchError, match='line 3.*studio films'): read_predictions(tmp_path/'p.csv')
+    assert [k.split('/')[1] for k in read_predictions(tmp_path/'p.csv', studio=True).key]==['end_to_end','studio']
+
+def test_b4_11_a_test_part_chooses_nothing():
+    "There: val is never read, so checkpoints and thresholds are chosen on test"
+    rows = scores().assign(source=lambda d: d.key, pair=0, start=0, abstains=False, blend=False); table = aggregate(rows)
+    def part(split): return Scored('FaceForensics++', rows, table, split=split, datasets=('FaceForensics++',))
+    with pytest.raises(ProtocolError, match='test part'): fix(part('test'))
+    with pytest.raises(ProtocolError, match='test part'): choose([], Target('FaceForensics++', None, [], {}, 'test'))
+    assert 0<fix(part('val')).frozen.threshold<1

@@ -1,8 +1,8 @@
 "All 24 pairs of a specialist and a stage, each from the weights of the stage before; what is refused; a walk over chunks that is stopped and goes on; EfficientNet-B4"
 import ast,json,os,shutil,signal
 from dataclasses import replace
-import matplotlib.pyplot as plt,nbformat,numpy as np,pytest,safetensors.torch,timm,torch
-from IPython.display import display
+import nbformat,numpy as np,pytest,safetensors.torch,timm,torch
+from common import play
 from deepfake_nb.batches import gather
 from deepfake_nb.checkpoints import load_model,save_checkpoint,save_weights
 from deepfake_nb.clips import FaceStore
@@ -43,14 +43,7 @@ def run(room, code, stage, **kw):
     given |= dict(store=str(room/f'store_{stage}')) if stage<4 else dict(chunks=str(room/'DFDC'), store=str(room/f'chunks_{code}'), spans=1)
     if code=='AV' and stage<4: given['sound_store'] = str(room/'store_sound')
     if stage==3: given['evidence'] = 'degraded'
-    path = notebook('specialist_stage'); given |= kw
-    assert not set(given)-set(declared(path))
-    cells = [c.source for c in nbformat.read(path, 4).cells if c.cell_type=='code']; space = dict(__name__='stage', display=display)
-    exec(cells[0], space); space.update(given)
-    try:
-        for c in cells[1:]: exec(compile(c, f'{path.name}: {c[:40]}', 'exec'), space)
-    finally: plt.close('all')
-    return space
+    return play('specialist_stage', given|kw)
 
 @pytest.mark.parametrize('path', sorted(notebook('specialist_stage').parent.glob('*.ipynb')), ids=lambda p: p.stem)
 def test_no_import_takes_the_place_of_a_parameter(path):

@@ -7,8 +7,8 @@ __all__ = ['PRESETS', 'SETS', 'LOSSES', 'CORRECTIONS', 'StageError', 'Specialist
            'stage_rows', 'check_pixels', 'Parts', 'parts_of', 'both', 'labels_of', 'AsTheyCome', 'in_order',
            'LabelledSource', 'CoupleSource', 'own_source', 'clahe', 'augment', 'flipped', 'equalised', 'model_folder',
            'stage_card', 'start_model', 'calibrate', 'stage_loss', 'score_batches', 'table_of', 'stage_metrics',
-           'face_heights', 'Judge', 'val_batches', 'same_training', 'train_on', 'plan_curriculum', 'Work',
-           'check_request', 'stage_work', 'published_work', 'own_work', 'halves']
+           'Judge', 'val_batches', 'same_training', 'train_on', 'plan_curriculum', 'Work', 'check_request',
+           'stage_work', 'published_work', 'own_work', 'halves']
 
 # %% ../../nbs/51b_stages.ipynb #7bf96a26
 import cv2,json,numpy as np,pandas as pd,torch
@@ -31,6 +31,7 @@ from ..metrics import auc
 from ..bias import adjusted_cross_entropy,before_after,epoch_row,face_size_bins,per_video
 from ..curriculum import Curriculum,difficulty_by_damage,difficulty_by_loss,folds
 from ..checkpoints import damage,fill
+from ..scoring import face_heights
 from ..training import STAGES,by_epochs,stage_config,train
 from ..presets import digest,prepared
 
@@ -360,10 +361,6 @@ def stage_metrics(
     r = epoch_row(0, table)
     return dict(auc=auc(table.score, table.label), real=r['real'], fake=r['fake'], gap=r['gap'], videos=len(table), abstained=abstained, alarm=r['alarm'])
 
-# %% ../../nbs/51b_stages.ipynb #ebd3dc68
-def face_heights(store, tracks)->dict: # key -> pixels, median
-    return {t.key:float(np.median((b := store.arrays(t.key)['boxes'])[:,3]-b[:,1])) for t in tracks}
-
 # %% ../../nbs/51b_stages.ipynb #a2b786f2
 def _own_key(key, pair, label):
     "A couple made here under a key of its own: many come from one video"
@@ -492,7 +489,7 @@ def published_work(code, stage, store, cfg, seed, evidence, rows, chunk='', spli
     native = all(t.native for t in tracks)
     made = {v.key:v.original for v in rows.values() if v.original}
     source = LabelledSource(store, parts.train, needs, cfg, seed, made, chunk=chunk, native=native, balanced=balanced); n = [sum(t.label==l for t in parts.train) for l in (0,1)]
-    about = dict(stage=stage.number, data=SETS[stage.number][0], sets=sorted({v.dataset for v in rows.values()}), chunk=chunk, reals=n[0], fakes=n[1], groups=len({t.group for t in parts.train}),
+    about = dict(stage=stage.number, data=SETS[stage.number][0], sets=sorted({v.dataset for v in rows.values()}), chunk=chunk, reals=n[0], fakes=n[1], groups=len(who := sorted({t.group for t in parts.train})), people=who,
                  judged=len({t.video for t in parts.val}), too_short=parts.short, shards=digest(store.shards), evidence=evidence if needs.pixels=='native' else 'crop', made_here='', rule=parts.rule)
     return Work(source, val_batches(store, parts.val, needs, cfg, native), labels_of(tracks), True, parts.rule, about, rows, face_heights(store, parts.val))
 
@@ -509,7 +506,7 @@ def own_work(code, stage, store, cfg, seed, evidence, split=None)->Work:
     learn = split.train+split.val if fold else split.train
     own = lambda who,s,n: own_source(code, store, who, cfg, s, n, evidence)
     source,val = own([g for g in learn if g in long], seed, None),own([g for g in watched if g in long], seed+10_000, 2*cfg.windows)
-    about = dict(stage=stage.number, data=SETS[stage.number][0], sets=sorted({t.key.split('/')[0] for t in store.tracks}), chunk='', reals=len(learn), fakes=len(learn), groups=len(learn), judged=len(watched), too_short=sum(t.frames<T for t in mine), shards=digest(store.shards),
+    about = dict(stage=stage.number, data=SETS[stage.number][0], sets=sorted({t.key.split('/')[0] for t in store.tracks}), chunk='', reals=len(learn), fakes=len(learn), groups=len(learn), people=sorted(learn), judged=len(watched), too_short=sum(t.frames<T for t in mine), shards=digest(store.shards),
                  evidence=evidence if needs.pixels=='native' else 'crop', made_here='shifted sound' if needs.sound else 'self-blend', rule=split.rule)
     return Work(source, lambda: val.batches(0, 0), {g:[0,1] for g in sorted(long)}, bool(split.val), split.rule, about)
 
