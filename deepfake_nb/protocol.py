@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SLICES', 'FORMAT', 'ProtocolError', 'Protocol', 'Target', 'open_target', 'apart', 'Scored', 'score_target', 'Source',
-           'answered', 'fix', 'choose', 'levels', 'judge_target', 'headline', 'caveats', 'result', 'write_result',
-           'words', 'result_figure']
+           'answered', 'fix', 'choose', 'labelled', 'by_slice', 'levels', 'judge_target', 'headline', 'caveats',
+           'result', 'write_result', 'words', 'result_figure']
 
-# %% ../nbs/45_protocol.ipynb #a1325f3c
+# %% ../nbs/45_protocol.ipynb #c6a4f39a
 import math,numpy as np,pandas as pd,matplotlib.pyplot as plt
 from dataclasses import asdict,dataclass,field,replace
 from datetime import datetime,timezone
@@ -20,17 +20,17 @@ from .leakage import LeakError,between
 from .stores import prepared
 from .batches import Batch,window_loader
 
-# %% ../nbs/45_protocol.ipynb #740fe02a
+# %% ../nbs/45_protocol.ipynb #4b4cb9c0
 from .metrics import METRICS,MetricError,video_of
 from .bias import before_after,epoch_row
-from .intervals import summary
+from .intervals import auc_interval,summary
 from .calibration import CalibrationError,aurc,calibration_summary,carried,fit_temperature,freeze,warm
 from .checkpoints import code_hash
 from .evaluation import EvaluationError,counts,forgeries,judge,within
 from .scoring import Detector,face_heights,filled,relation,scores,video_table
 from .shortcuts import as_json,permuted,seen_of_batches,shortcuts
 
-# %% ../nbs/45_protocol.ipynb #693f7357
+# %% ../nbs/45_protocol.ipynb #00cf3bff
 class ProtocolError(EvaluationError):
     "Something that would make two numbers incomparable"
 
@@ -50,7 +50,7 @@ class Protocol:
     def most(self, d): return self.frames if d.length==1 else self.clips # windows of a track
     def json(self, d): return asdict(self)|dict(level=d.level, length=d.length, clips=self.most(d), stride=1, aggregation='mean') # clips of a video, over all tracks
 
-# %% ../nbs/45_protocol.ipynb #fce7e9f4
+# %% ../nbs/45_protocol.ipynb #21a2e85b
 @dataclass
 class Target:
     "A set that is judged"
@@ -62,7 +62,7 @@ class Target:
     @property
     def hash(self): return data_hash(self.videos, self.sums)
 
-# %% ../nbs/45_protocol.ipynb #654d16cc
+# %% ../nbs/45_protocol.ipynb #18efe7ba
 def open_target(
     store, # a `FaceStore` that `prepare` made
     name:str='', # default its data set
@@ -77,7 +77,7 @@ def open_target(
     if len({v.label for v in rows})<2: raise ProtocolError(f"{store.folder}{f', {split} part' if split else ''}: {len(rows)} videos of one kind; a target has reals and fakes")
     return Target(name or ', '.join(sorted({v.dataset for v in rows})), FaceStore(store.folder, sorted({t.shard for t in store.tracks if t.video in {v.key for v in rows}})), rows, sums, split)
 
-# %% ../nbs/45_protocol.ipynb #9169e758
+# %% ../nbs/45_protocol.ipynb #1904cdcf
 def apart(
     d, # a `Detector`
     target:Target,
@@ -98,7 +98,7 @@ def _audited(d, store, target, allow):
     leaks = between(learned, target.videos.like(replace(v, split='test') for v in target.videos), sums|target.sums, allow=allow)
     return f'{len(learned)} films against {len(target.videos)}, bytes of {leaks.hashed}: nothing on both sides'+(f', {len(leaks.allowed)} links accepted' if leaks.allowed else '')
 
-# %% ../nbs/45_protocol.ipynb #ff48d2b2
+# %% ../nbs/45_protocol.ipynb #2445daf5
 @dataclass
 class Scored:
     "What a detector said of a target, and what the controls need"
@@ -115,8 +115,9 @@ class Scored:
     made_here:bool=False # self-blends of unseen people
     seconds:float=0. # of scoring, reading included
     frames:object=None # row -> (T,S,S,3) uint8: what was looked at, for pictures
+    labels:tuple=() # columns of the table that the user brought, to slice by
 
-# %% ../nbs/45_protocol.ipynb #3786e887
+# %% ../nbs/45_protocol.ipynb #0bc0bdaf
 def score_target(
     d, # a `Detector`
     target:Target,
@@ -135,7 +136,7 @@ def score_target(
     frames = lambda r: target.store.read(r.key, int(r.start), d.length).frames
     return Scored(target.name, rows, table, why, seen, target.split, tuple(kinds('dataset')), ', '.join(kinds('compression')), target.hash, leakage, False, took, frames)
 
-# %% ../nbs/45_protocol.ipynb #24d04001
+# %% ../nbs/45_protocol.ipynb #b719f7ac
 def _why(target, d, table):
     "The reason of each video without a score"
     rows = {r['key']:r for r in read_json(Path(target.store.folder)/'store.json')['rows']}; long = {}
@@ -143,7 +144,7 @@ def _why(target, d, table):
     def one(k): return rows.get(k, {}).get('error') or ('no face was found' if k not in long else f'{long[k]} frames, {d.length} are looked at' if long[k]<d.length else 'the model abstained')
     return {k:one(k) for k in table.video[table.score.isna()]}
 
-# %% ../nbs/45_protocol.ipynb #9ed0b771
+# %% ../nbs/45_protocol.ipynb #e7f8ddfc
 @dataclass
 class Source:
     "What was fixed on validation data, before any target"
@@ -156,7 +157,7 @@ class Source:
     candidates:dict=field(default_factory=dict) # name of weights -> AUC there
     note:str=''
 
-# %% ../nbs/45_protocol.ipynb #bdefa733
+# %% ../nbs/45_protocol.ipynb #beb6a218
 def answered(s:Scored)->pd.DataFrame: # with video, label, group, score
     "What thresholds and probabilities are held against: videos with a score; of self-blends, where a few videos carry many pairs, clips"
     if not s.made_here: return s.table[s.table.score.notna()]
@@ -174,7 +175,7 @@ def fix(
     except CalibrationError as e: T,note = None,f'no temperature could be fitted on {name}: {e}'
     return Source(name, freeze(t, protocol.rule, name), T, t, counts(s.rows[~s.rows.abstains]), s.data_hash, candidates or {}, note)
 
-# %% ../nbs/45_protocol.ipynb #58b92170
+# %% ../nbs/45_protocol.ipynb #a4250222
 def choose(
     candidates, # `Detector`s: several weights of one training
     target:Target, # the source's validation part
@@ -188,15 +189,39 @@ def choose(
     best = max(range(len(got)), key=lambda i: aucs[candidates[i].name])
     return candidates[best],got[best],aucs
 
-# %% ../nbs/45_protocol.ipynb #f8abd45a
+# %% ../nbs/45_protocol.ipynb #97dfcc97
 SLICES = ('method','compression','chunk','face size','brightness')
 
+# %% ../nbs/45_protocol.ipynb #1ade0b72
+def labelled(
+    s:Scored,
+    path, # of a CSV: a column `video`, and columns to slice by: age, skin tone, whatever the user may use
+)->Scored: # its table has these columns
+    "Slices by labels that the user brings; nobody guesses them here"
+    d = pd.read_csv(path); new = [c for c in d if c!='video']
+    if 'video' not in d or not new: raise ProtocolError(f"{path}: it has {', '.join(d)}; a column `video` with the keys, and one to slice by")
+    if odd := [c for c in new if c in s.table]: raise ProtocolError(f"{path}: a column {', '.join(odd)} is there already; call it otherwise")
+    return replace(s, table=s.table.merge(d.astype({c:object for c in new}), on='video', how='left'), labels=tuple(new))
+
+def by_slice(
+    t:pd.DataFrame, # of `answered`
+    by=SLICES, # columns, as far as they are there
+    n:int=1000, seed:int=0, # resamples
+)->list: # dicts: by, slice, n_real, n_fake, auc, lo, hi, note
+    "AUC slice by slice: a method's fakes against all reals, of other columns what lies within the slice"
+    def one(c, v):
+        d = t[(t[c]==v)&(t.label==1)|(t.label==0)] if c=='method' else t[t[c]==v]; head = dict(by=c, slice=str(v), n_real=int((d.label==0).sum()), n_fake=int((d.label==1).sum()))
+        try: i = auc_interval(d.score, d.label, d.source if 'source' in d else d.video, n, seed); return head|dict(auc=i.value, lo=i.lo, hi=i.hi, note=i.note)
+        except MetricError as e: return head|dict(auc=None, lo=None, hi=None, note=str(e))
+    return [one(c, v) for c in by if c in t for v in sorted(set(t[c][t.label==1] if c=='method' else t[c].dropna()), key=str)]
+
+# %% ../nbs/45_protocol.ipynb #81d2f9a2
 def _metrics(f, *a, **kw):
     "All metrics of a level, or the reason why there are none"
     try: return {k:v for k,v in f(*a, **kw).items() if k in METRICS}
     except MetricError as e: return dict(note=str(e))
 
-# %% ../nbs/45_protocol.ipynb #39fcb142
+# %% ../nbs/45_protocol.ipynb #fb2c676e
 def levels(
     s:Scored,
     d, # its `Detector`
@@ -207,7 +232,7 @@ def levels(
     return {d.level:_metrics(judge, rows, 'pair' if s.made_here else 'clip', **kw), 'video':_metrics(judge, rows, 'video', **kw), 'group':_metrics(judge, rows, 'group', **kw),
             'filled':_metrics(summary, f.score, f.label, f.video, protocol.resamples, protocol.seed)}
 
-# %% ../nbs/45_protocol.ipynb #1b420aea
+# %% ../nbs/45_protocol.ipynb #36a88228
 def judge_target(
     s:Scored,
     d, # its `Detector`
@@ -222,10 +247,10 @@ def judge_target(
     return dict(name=s.name, dataset=', '.join(s.datasets), compression=s.compression, split=s.split, relation=word, why=why, fakes=forgeries(s.rows), data_hash=s.data_hash, counts=counts(s.rows), within=within(s.rows.group, 'pair'),
         abstained=int(s.rows.abstains.sum()), coverage=dict(expected=len(s.table), scored=int(s.table.score.notna().sum()), share=float(s.table.score.notna().mean()), missing=[dict(video=k, why=w) for k,w in sorted(s.why.items())]),
         metrics=levels(s, d, protocol), threshold=cut, frozen=carried(source.frozen, t) if source else None, calibration=dict(before=cal(t.score), after=cal(warm(t.score, source.temperature)) if source and source.temperature else None),
-        risk=dict(aurc=aurc(t.score, t.label)), slices=epoch_row(0, t, cut, SLICES)['table'], correction=_corrected(source, t), controls=probes|dict(permuted=permuted(t.score, t.label, unit, **kw)),
+        risk=dict(aurc=aurc(t.score, t.label)), slice_aucs=by_slice(t, (*SLICES, *s.labels), **kw), slices=epoch_row(0, t, cut, (*SLICES, *s.labels))['table'], correction=_corrected(source, t), controls=probes|dict(permuted=permuted(t.score, t.label, unit, **kw)),
         robustness=robustness, leakage=s.leakage, seconds=s.seconds)
 
-# %% ../nbs/45_protocol.ipynb #5351ea94
+# %% ../nbs/45_protocol.ipynb #2d0e02ca
 def headline(
     t:dict, # of `judge_target`
     d, # its `Detector`
@@ -239,7 +264,7 @@ def _corrected(source, t):
     if source is None or set(source.table.group)&set(t.group): return None
     return [{k:None if isinstance(v, float) and math.isnan(v) else v for k,v in r.items()} for r in before_after(source.table, t).reset_index().to_dict('records')]
 
-# %% ../nbs/45_protocol.ipynb #29f56a0d
+# %% ../nbs/45_protocol.ipynb #b7d97b1b
 FORMAT = 'deepfake_nb result 1'
 
 def caveats(
@@ -258,7 +283,7 @@ def caveats(
         if t['controls']['permuted']['p']>.05: res.append(f"{n}: shuffled labels do as well in {t['controls']['permuted']['p']:.0%} of draws; the detector may know nothing here.")
     return res
 
-# %% ../nbs/45_protocol.ipynb #4aa21551
+# %% ../nbs/45_protocol.ipynb #4c1730fb
 def result(
     d, # the `Detector`
     targets, # of `judge_target`
@@ -274,7 +299,7 @@ def result(
         detector=dict(name=d.name, kind=d.kind, sha256=d.sha256, code_sha256=code_hash(), config=asdict(cfg) if cfg is not None else None, selection=d.selection, trained_on=[{k:v for k,v in r.items() if k!='people'} for r in d.trained_on]),
         protocol=protocol.json(d), source=fixed, targets=list(targets), cost=cost or {}, caveats=caveats(targets, source)+list(more))
 
-# %% ../nbs/45_protocol.ipynb #0550bae2
+# %% ../nbs/45_protocol.ipynb #e5748e1e
 def write_result(
     folder, # its own
     res:dict, # of `result`
@@ -286,7 +311,7 @@ def write_result(
     atomic_write(folder/'scores.csv', lambda part: rows.to_csv(part, index=False))
     return write_json(folder/'result.json', res)
 
-# %% ../nbs/45_protocol.ipynb #247ff83b
+# %% ../nbs/45_protocol.ipynb #a7766052
 def words(
     res:dict, # of `result`
 )->list: # a sentence a target
@@ -298,7 +323,7 @@ def words(
         return f"{t['name']}{' '+t['split'] if t['split'] else ''}, {t['relation']}: {lv} AUC {a['value']:.3f}{band}, {c['real_videos']} real and {c['fake_videos']} fake videos of {c['people']} people, {t['coverage']['share']:.0%} of the videos answered"
     return [say(t) for t in res['targets']]
 
-# %% ../nbs/45_protocol.ipynb #97734c85
+# %% ../nbs/45_protocol.ipynb #86488673
 def result_figure(
     results, # of `result`
     ax=None,
