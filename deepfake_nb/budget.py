@@ -390,10 +390,10 @@ def forecast_figure(
         for name,d,kind in r['parts']:
             name,fits,look = f'{name} {d:.2f}',max(0., min(d, end-x)),('#8fb4d9','') if kind=='spent' else ('#d9e6f3','///')
             if fits: small += _bar(ax, y, x, fits, wide, look[0], name if 2*fits>=d else '', hatch=look[1])
-            if d>fits: small += _bar(ax, y, x+fits, d-fits, wide, '#d9534f', name if 2*fits<d else '')
+            if d>fits+.005: small += _bar(ax, y, x+fits, d-fits, wide, '#d9534f', name if 2*fits<d else '')
             x += d
         if r['left']>0: _bar(ax, y, x, r['left'], wide, '#eeeeee', '')
-        hours,ok = f' = {abs(r["left"])/price:.1f} h' if price else '',r['left']>=0
+        hours,ok = f' = {abs(r["left"])/price:.1f} h' if price else '',r['left']>-.005 # half a cent is not short
         ax.text(max(x, end)+.01*wide, y, f"{'left' if ok else 'short'} ${abs(r['left']):.2f}{hours}", va='center', color='k' if ok else '#b52b27', weight='bold', parse_math=False)
         ax.text(.01*wide, y-.33, ', '.join(n for n in small if n), va='top', fontsize=8, color='.35', parse_math=False)
     ax.set(yticks=range(len(rows)), xlim=(0, wide), ylim=(-.75, len(rows)-.6), xlabel='dollars: spent (full), coming (hatched), left (grey), what does not fit (red)')

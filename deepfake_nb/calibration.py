@@ -268,6 +268,6 @@ def calibration_summary(
         res['ece']['lo'],res['ece']['hi'] = _pivotal(res['ece']['value'], v[:,2], luck.high)
     if far := int((np.where(y==1, s, 1-s)<CLIP).sum()): res['nll']['note'] += f'; {far} of {len(s)} scores clipped at {CLIP:g}'
     res['ece'] |= dict(expected=luck.mean, luck=luck.high)
-    res['ece']['note'] += f"; a perfectly calibrated score gets {luck.mean:.3f} here, up to {luck.high:.3f} by luck{'' if units is None else ' (rows taken as independent)'}; pivotal bootstrap"
+    res['ece']['note'] += f"; a perfectly calibrated score gets {luck.mean:.3f} here, up to {luck.high:.3f} by luck{'' if units is None else ' (rows taken as independent)'}; pivotal bootstrap, which holds the truth in about nine of ten"
     for k in res: res[k]['note'] += f'; {why}' if why else ''
     return res

@@ -14,9 +14,9 @@ from glob import glob
 from itertools import combinations
 from pathlib import Path
 from .pack import atomic_write,write_json
-from .metrics import aggregate,auc,video_of
+from .metrics import MetricError,aggregate,auc,video_of
 from .intervals import compare_auc
-from .scoring import relation,trained_sets
+from .scoring import kin,relation,trained_sets
 from .protocol import FORMAT
 
 # %% ../nbs/46_compare.ipynb #4031a89f
@@ -202,7 +202,7 @@ def find_results(
     "Where the results are"
     found = []
     for word in filter(None, (x.strip() for x in str(words).split(','))):
-        some = [q for p in map(Path, sorted(glob(str(Path(word).expanduser()), recursive=True))) for q in (sorted(p.rglob('result.json')) if p.is_dir() else [p])]
+        word = Path(word).expanduser(); some = [q for p in ([word] if word.exists() else map(Path, sorted(glob(str(word), recursive=True)))) for q in (sorted(p.rglob('result.json')) if p.is_dir() else [p])]
         if not some: raise ResultError(f'{word}: no result.json there. Run the evaluate stage first, or name its folder')
         found += some
     if not found: raise ResultError('no results were named: files or folders, with commas')
@@ -233,7 +233,8 @@ def _models(results, short, target):
     for r in results:
         for t in r['targets']:
             if not _meant(t, short, target): continue
-            some = same.setdefault((r.name, r['detector']['kind'], r['protocol']['level'], _trained(r), *(t.get(k) for k in ('name','dataset','compression','split','relation','fakes','data_hash'))), {})
+            how = json.dumps([r['detector'].get('config'), *(r['protocol'].get(k) for k in ('length','clips','size','margin'))], sort_keys=True) # a model is its shape and how it was looked at; seeds are what differs beside
+            some = same.setdefault((r.name, r['detector']['kind'], r['protocol']['level'], how, _trained(r), *(t.get(k) for k in ('name','dataset','compression','split','relation','fakes','data_hash'))), {})
             who = r['detector'].get('sha256') or r['seed']
             if who in some: raise ResultError(f'{r.path} and {some[who][0].path}: the same weights on the same set ({t["name"]}), twice. Name one of them')
             some[who] = r,t
@@ -252,7 +253,9 @@ def _ours(some, level):
                 sd=float(np.std(values, ddof=1)) if len(values)>1 else None, seeds=len(some), filled=_mean([x['metrics'].get('filled', {}).get('auc', {}).get('value') for _,x in some]) if level=='video' else None, coverage=None if None in cover else min(cover),
                 real=t['counts']['real_videos'], fake=t['counts']['fake_videos'], source=str(t.get('data_hash', ''))[:8] if lone else f'{len(some)} seeds', remark='' if t['split'] in ('test','') else f"its {t['split']} part")
 
-def _theirs(p): return dict(relation=p.relation, method=p.method, who='published', level=p.level, backbone=p.backbone, trained=f'{p.trained} {p.compression}'.strip(), auc=p.auc, source=p.source, remark=p.remark)
+def _stood(p): return 'in-domain' if p.trained.startswith('FF++') and (p.target=='FSh' or any(kin('FaceForensics++', s) for s in TARGETS[p.target].datasets)) else p.relation # by the rule that ours stand by
+
+def _theirs(p): return dict(relation=_stood(p), method=p.method, who='published', level=p.level, backbone=p.backbone, trained=f'{p.trained} {p.compression}'.strip(), auc=p.auc, source=p.source, remark=p.remark)
 
 # %% ../nbs/46_compare.ipynb #b1677bc1
 def compare(
@@ -347,7 +350,7 @@ def scores_of(
     "What lies beside a result"
     path = r.path.parent/'scores.csv'
     if not path.is_file(): raise ResultError(f'{path}: not there. The evaluate stage writes it beside result.json')
-    d = pd.read_csv(path, keep_default_na=True)
+    d = pd.read_csv(path, dtype={k:str for k in ('target','key','source','group')}, keep_default_na=False, na_values={k:[''] for k in ('score','light')})
     if gone := {'key','label','score'}-set(d): raise ResultError(f"{path}: no column {', '.join(sorted(gone))}")
     parts = d.key.str.split('/', n=3); mine = d.target==t['name'] if 'target' in d else (parts.str[0]==t['dataset'])&((parts.str[2]==t['compression'])|(t['compression'] in ('','as_is')))
     d = d[mine&d.score.notna()]
@@ -375,12 +378,14 @@ def differences(
 # %% ../nbs/46_compare.ipynb #a91f3219
 def _difference(a, b, da, db, level, n, seed):
     "One pair"
-    at = ['video'] if level=='video' else ['video','start']; d = da.merge(db, on=at, suffixes=('_a','_b'))
+    paired = level!='video' and all('pair' in x and 'blend' in x and x.blend.any() for x in (da, db)) # self-blends: a pair is a number, and two of them may share a moment
+    at = ['video'] if level=='video' else ['video','pair','start'] if paired else ['video','start']; d = da.merge(db, on=at, suffixes=('_a','_b'))
     if not len(d): raise ResultError(f'{a} and {b} have no film in common')
     if (d.label_a!=d.label_b).any(): raise ResultError(f'{a} and {b}: {d.video[d.label_a!=d.label_b].iloc[0]} is real for one and fake for the other')
-    units = None if level=='video' else d.video.map(video_of)
+    units = None if level=='video' else d.pair if paired else d.source_a if 'source_a' in d else d.video.map(video_of)
     if auc(d.score_a, d.label_a)<auc(d.score_b, d.label_b): a,b,d = b,a,d.rename(columns={'score_a':'score_b', 'score_b':'score_a'})
-    p = compare_auc(d.score_a, d.score_b, d.label_a, units, n=n, seed=seed)
+    try: p = compare_auc(d.score_a, d.score_b, d.label_a, units, n=n, seed=seed)
+    except MetricError as e: return dict(better=a, worse=b, difference=auc(d.score_a, d.label_a)-auc(d.score_b, d.label_b), lo=None, hi=None, p=1., units=len(d), method=f'no interval: {e}')|{'only one':len(da)+len(db)-2*len(d)}
     return dict(better=a, worse=b, difference=p.difference, lo=p.lo, hi=p.hi, p=p.p, units=len(d) if units is None else units.nunique(), method=p.method) | {'only one':len(da)+len(db)-2*len(d)}
 
 # %% ../nbs/46_compare.ipynb #016af7ef

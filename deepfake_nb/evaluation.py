@@ -324,14 +324,17 @@ def gate(
     low:float=.60, high:float=.70,
 )->Gate: # outcome, name, reason
     "What happens next, and why, in words"
-    a,rehearsal = metrics['auc'],metrics['fakes']=='self-blends'
-    why = final_test(gate_set, split)
+    if 'auc' not in metrics: raise GateError(f"{gate_set}: {metrics.get('note') or 'no AUC'}. There is no number to decide on")
+    a,rehearsal = metrics['auc'],metrics['fakes']=='self-blends'; sets = () if rehearsal else metrics.get('datasets', ())
+    why = next(filter(None, (final_test(x, split) for x in (gate_set, *sets))), '') # whatever the folder is called
     if why and not (rehearsal and why.endswith('test split')): raise GateError(f'{why}: a gate steers the training, so it reads a gate set (FaceForensics++ validation), never this')
     if a['value'] is None or not 0 <= a['value'] <= 1: raise GateError(f'AUC {a["value"]}: there is no number to decide on')
     out = outcome(a['value'], low, high)
     c = metrics['counts']
     reason = f"AUC {a['value']:.4f} is {dict(phase_b=f'above {high:.2f}', stop=f'below {low:.2f}').get(out, f'between {low:.2f} and {high:.2f}')}: {WORDS[out]}"
-    reason += f" ({c['real']} real and {c['fake']} fake clips of {c['people']} {'person' if c['people']==1 else 'people'}, {metrics['within']})"
+    share = (metrics.get('coverage') or {}).get('share', 1.)
+    reason += f" (of the {share:.0%} of the videos that were answered; " if share<1 else ' ('
+    reason += f"{c['real']} real and {c['fake']} fake clips of {c['people']} {'person' if c['people']==1 else 'people'}, {metrics['within']})"
     return Gate(out, 'rehearsal gate on self-blends' if rehearsal else f'gate on {gate_set}', reason+_doubt(a, out, low, high))
 
 # %% ../nbs/40_evaluation.ipynb #2f4f274b

@@ -307,8 +307,8 @@ def out_of_fold(
     members=None, seed:int=0, train_groups=(), least:int=LEAST, # as in `fit_fusion`
 )->pd.DataFrame: # video, label, group, score: of each row by a fusion that has not seen its group
     "What a fusion says of people that it was not fitted on"
-    t,_,prior,_,(z,b),_ = _ready(table, kind, members, seed, train_groups, least); ok = np.isfinite(z)
-    s,T = _line(z[ok], b[ok], t.label.to_numpy()[ok], prior)
+    t,_,prior,_,(z,b),_ = _ready(table, kind, members, seed, train_groups, least); ok,y = np.isfinite(z),t.label.to_numpy(); s,T = np.zeros(len(t)),np.ones(len(t))
+    for p in _parts(t, seed): s[p],T[p] = _line(z[ok&~p], b[ok&~p], y[ok&~p], prior) # nor has its temperature
     return t[[*FIXED[:3]]].assign(score=expit(math.log(prior/(1-prior))+(z-s)*b/T))
 
 # %% ../nbs/41_fusion.ipynb #fac876f0
@@ -361,7 +361,7 @@ def verdicts(
     "Real, fake or can't tell, with a confidence that means its frequency"
     _number(sure, 'sure', .5, 1); p = fusion(table, prior) if score is None else pd.Series(np.asarray(score, float), table.index); n = table[[*fusion.weights]].notna().sum(axis=1); K = len(fusion.weights); need = min(least, K)
     if score is not None and prior is not None: p = p.where(p.isna(), reprior(p, fusion.prior, prior))
-    c = np.maximum(p, 1-p); said = np.where(p>=.5, 'fake', 'real'); few,unsure = n<max(1, need),c<sure
+    c = np.maximum(p, 1-p); said = np.where(p>=.5, 'fake', 'real'); few,unsure = n<max(1, need),~(c>=sure)
     where = '' if prior is None else f' at {prior:.3g} fakes'
     why = [f'{k} of {K} members had something to say, {need} are needed' if f else f'{a} with {x:.3f}{where}, {sure:g} is asked for' if u else f'{k} of {K} members{where}' for k,f,u,a,x in zip(n, few, unsure, said, c)]
     return table[[*FIXED[:3]]].assign(answer=np.where(few|unsure, UNSURE, said), confidence=c.where(n>0), score=p, members=n, reason=why)
@@ -381,11 +381,12 @@ def promises(
 # %% ../nbs/41_fusion.ipynb #f56aade4
 def _versus(p, q, y, u, n, seed):
     "AUC of `q` on its own rows, and ours minus it on those that both answered"
-    own,both = q.notna(),q.notna()&p.notna()
-    a = auc_interval(q[own], y[own], u[own], n, seed)
-    d = dict(ours_minus=np.nan, d_lo=np.nan, d_hi=np.nan, p=np.nan)
-    if p is not q: r = compare_auc(p[both], q[both], y[both], u[both], n, seed); d = dict(ours_minus=r.difference, d_lo=r.lo, d_hi=r.hi, p=r.p)
-    return dict(answered=own.mean(), auc=a.value, lo=a.lo, hi=a.hi)|d|dict(both=int(both.sum()))
+    own,both = q.notna(),q.notna()&p.notna(); d = dict(auc=np.nan, lo=np.nan, hi=np.nan, ours_minus=np.nan, d_lo=np.nan, d_hi=np.nan, p=np.nan, note='')
+    try:
+        a = auc_interval(q[own], y[own], u[own], n, seed); d |= dict(auc=a.value, lo=a.lo, hi=a.hi)
+        if p is not q: r = compare_auc(p[both], q[both], y[both], u[both], n, seed); d |= dict(ours_minus=r.difference, d_lo=r.lo, d_hi=r.hi, p=r.p)
+    except MetricError as e: d['note'] = str(e) # a member that answers reals only
+    return dict(answered=own.mean())|d|dict(both=int(both.sum()))
 
 def against(
     table:pd.DataFrame, # a member table of the TEST, with the columns in `extra` too
@@ -393,11 +394,12 @@ def against(
     extra=(), # columns that are no members, such as 'B4 x 6': to be compared with
     unit:str='video', # column that is drawn for the intervals: 'video' or 'group'
     n:int=1000, seed:int=0, # resamples
+    scores=None, # name of a fusion -> its scores: those of `out_of_fold`, on rows that it was fitted on
 )->pd.DataFrame: # a row for ours, the other fusions, the plain mean, each member, each extra
     "AUC and coverage of everybody, and what ours is better by, on the films that both have answered"
     fusions = {fusions.kind:fusions} if isinstance(fusions, Fusion) else dict(fusions); ours = next(iter(fusions)); names = member_names(table)
     if odd := [c for c in extra if c not in names]: raise FusionError(f"no column {', '.join(odd)} in the table: there are {', '.join(names)}")
-    s = {k:f(table) for k,f in fusions.items()}; members = [m for m in dict.fromkeys(m for f in fusions.values() for m in f.members) if m in table and table[m].notna().any()]
+    s = {k:(scores or {}).get(k) if k in (scores or {}) else f(table) for k,f in fusions.items()}; members = [m for m in dict.fromkeys(m for f in fusions.values() for m in f.members) if m in table and table[m].notna().any()]
     s |= {'plain mean':pd.Series(expit(pd.DataFrame(_logit(table[members])).mean(axis=1).to_numpy()), table.index)}|{m:table[m] for m in [*members,*extra]}
     rows = {k:dict(what='fusion' if k in fusions else 'unfitted' if k=='plain mean' else 'extra' if k in extra else 'member')|_versus(s[ours], q, table.label, table[unit], n, seed) for k,q in s.items()}
     return pd.DataFrame(rows).T.infer_objects()
@@ -470,7 +472,8 @@ def _named(text):
     "'BG=folder, STF=folder#name' as pairs"
     parts = [p.strip().partition('=') for p in text.split(',') if p.strip()]
     if odd := [n for n,eq,f in parts if not eq or not n.strip() or not f.strip()]: raise FusionError(f'members: {odd[0]!r} has no name or no folder; write NAME=folder, or one folder that holds all')
-    return [(n.strip(), *f.strip().partition('#')[::2]) for n,_,f in parts]
+    cut = lambda f: (f, '') if Path(f).is_dir() or '#' not in f else f.rpartition('#')[::2]
+    return [(n.strip(), *cut(f.strip())) for n,_,f in parts]
 
 def _all_in(folder):
     "Each sub-folder that holds weights, by its name up to the first dash"
@@ -484,7 +487,7 @@ def find_members(
     named:dict=None, # more of them: name -> folder; '' is nobody
 )->dict: # name -> (folder, name of the weights)
     "Who is in the team, and where; the last stage of each where none is named"
-    parts = [*((_named if '=' in text else _all_in)(text) if text else ()), *((n, f, '') for n,f in (named or {}).items() if f)]; names = [n for n,*_ in parts]
+    parts = [*((_all_in if '=' not in text or Path(text).is_dir() else _named)(text) if text else ()), *((n, f, '') for n,f in (named or {}).items() if f)]; names = [n for n,*_ in parts]
     if twice := [n for n in names if names.count(n)>1]: raise FusionError(f"members: {twice[0]} twice ({', '.join(str(f) for n,f,_ in parts if n==twice[0])}); name them as NAME=folder")
     if not parts: raise FusionError('members: nobody is named; give a folder that holds all, or NAME=folder, NAME=folder#weights')
     return {n:_place(f, w) for n,f,w in parts}

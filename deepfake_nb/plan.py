@@ -872,7 +872,7 @@ def mission_plan(
     d = deal(given, *STF, 'specialist_stage', 'integrate'); mine = lambda *stages: {k:v for s in stages for k,v in d[s].items()}
     theirs = {k:v for k,v in mine('prepare', 'specialist_stage', 'integrate').items() if k not in APART}|dict(weights=b4)
     a,b = five_dollar_plan(mine(*STF), gpus=gpus),specialists_plan(data, team, theirs, gpus)
-    seventh = lambda t: replace(t, given=t.given|dict(stf=Out(('phase A','phase B'), 'checkpoints'))) if t.stage=='integrate' else t # whatever the gate says, the last of the two that is done
+    seventh = lambda t: replace(t, given=t.given|dict(stf=Out(('phase A',*(t.name for t in a.tasks if t.name.startswith('more ')),'phase B'), 'checkpoints'))) if t.stage=='integrate' else t # whatever the gate says, the last of the two that is done
     return Plan('mission', [*map(seventh, b.tasks), *a.tasks], a.purses|b.purses, a.price, about=f'{a.about} {b.about}')
 
 # %% ../nbs/51c_plan.ipynb #fb9e7a7b

@@ -212,12 +212,13 @@ def store_at(
 def history_of(
     store, # the `FaceStore` it learned from
     groups, # whose faces
+    chosen_on=(), # who chose the checkpoint
     made_here:str='self-blends', # what its fakes were
-)->list: # a dict for each data set and compression: dataset, compression, split, videos, groups, people, made_here, data_hash
+)->list: # a dict for each data set and compression: dataset, compression, split, videos, groups, people, chosen_on, made_here, data_hash
     "What the card of a training says of its data"
     manifest,sums = prepared(store); mine = manifest.like([v for v in manifest if v.group in set(groups) and not v.label]); kinds = sorted({(v.dataset, v.compression) for v in mine})
     if not mine: raise StoreError(Path(store.folder).name, f"no real video of {', '.join(sorted(groups)[:5])} in its manifest", remedy='prepare again')
-    def row(d, c): rows = mine.where(dataset=d, compression=c); return dict(dataset=d, compression=c, split='/'.join(sorted({v.split for v in rows})), videos=len(rows), groups=len(rows.groups), people=rows.groups, made_here=made_here, data_hash=data_hash(rows, sums))
+    def row(d, c): rows = mine.where(dataset=d, compression=c); return dict(dataset=d, compression=c, split='/'.join(sorted({v.split for v in rows})), videos=len(rows), groups=len(rows.groups), people=rows.groups, chosen_on=sorted(chosen_on), made_here=made_here, data_hash=data_hash(rows, sums))
     return [row(*k) for k in kinds]
 
 # %% ../nbs/51_presets.ipynb #3a2bf84f

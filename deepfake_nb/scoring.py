@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LIGHT', 'KIN', 'Detector', 'load_detector', 'scores', 'face_heights', 'light_words', 'video_table', 'filled',
-           'shared', 'trained_sets', 'relation']
+           'shared', 'kin', 'trained_sets', 'relation']
 
-# %% ../nbs/40b_scoring.ipynb #b6d5f1d0
+# %% ../nbs/40b_scoring.ipynb #cf950f40
 import numpy as np,pandas as pd,torch
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from .batches import normalise
 from .checkpoints import CheckpointError,load_model
 from .evaluation import EvaluationError,colours,precision_context,rows_of
 
-# %% ../nbs/40b_scoring.ipynb #ebde0c66
+# %% ../nbs/40b_scoring.ipynb #86356433
 def _stf(model, extra): return extra.get('length'),()
 def _specialist(model, extra):
     needs = model.module.needs; native = needs.pixels!='native' or model.cfg.evidence!='degraded'
@@ -39,7 +39,7 @@ class Detector:
     @property
     def level(self): return 'frame' if self.length==1 else 'clip' # what a score is about
 
-# %% ../nbs/40b_scoring.ipynb #a9913af9
+# %% ../nbs/40b_scoring.ipynb #d1300c69
 def load_detector(
     folder, # of a checkpoint, of a stage or of an exported model
     name:str='', # of the weights; '': the newest, or all there is
@@ -53,9 +53,10 @@ def load_detector(
     if not n: raise CheckpointError(folder, 'its card does not say how many frames a clip has', 'It is older than that: say length=')
     if not extra.get('selection'): raise CheckpointError(folder, 'its card does not say how the checkpoint was chosen', 'Judge weights that a training kept (`phase_a_best`, `stage_1`), not a checkpoint on the way')
     trained = extra.get('trained_on') or ()
-    return Detector(model, name or card.get('name') or Path(folder).name, card['model'], n, extras, next(iter(card['files'].values()))['sha256'], extra['selection'], tuple(trained), device, precision)
+    said = name or card.get('name') or Path(folder).name; code = getattr(model.cfg, 'code', '')
+    return Detector(model, said if code in ('',said) else f'{code} {said}', card['model'], n, extras, next(iter(card['files'].values()))['sha256'], extra['selection'], tuple(trained), device, precision)
 
-# %% ../nbs/40b_scoring.ipynb #1a809347
+# %% ../nbs/40b_scoring.ipynb #cb70988e
 def _ask(d, b):
     "Scores, and which of them are no answer"
     if d.kind=='Specialist': a = d.model(b); return a.score,a.abstains
@@ -69,7 +70,7 @@ def _called(self, batch)->tuple: # (B,) float32 and (B,) bool, on the CPU
     return s.float().cpu(),z.cpu()
 Detector.__call__ = _called
 
-# %% ../nbs/40b_scoring.ipynb #1c02b88c
+# %% ../nbs/40b_scoring.ipynb #166b1bf5
 def scores(
     d, # a `Detector`, or anything that is called like one
     batches, # of `Batch`es of bytes: `window_loader`, `pair_loader`, `couple_loader`
@@ -82,7 +83,7 @@ def scores(
     if not rows: raise EvaluationError('the loader gave no batch: too few clips for one?')
     return pd.DataFrame(rows)
 
-# %% ../nbs/40b_scoring.ipynb #91d2e820
+# %% ../nbs/40b_scoring.ipynb #eba3a764
 LIGHT = (60,120) # mean grey levels: below, dark; from the second on, bright
 
 def face_heights(
@@ -95,9 +96,9 @@ def face_heights(
 def light_words(grey)->pd.Categorical:
     "Mean grey levels as a column to slice by"
     words = [f'dark, below {LIGHT[0]}',f'{LIGHT[0]} to {LIGHT[1]-1}',f'bright, {LIGHT[1]} or more']
-    return pd.Categorical.from_codes(np.digitize(np.asarray(grey, float), LIGHT), words, ordered=True)
+    g = np.asarray(grey, float); return pd.Categorical.from_codes(np.where(np.isnan(g), -1, np.digitize(g, LIGHT)), words, ordered=True) # unknown stays unknown
 
-# %% ../nbs/40b_scoring.ipynb #bba985f2
+# %% ../nbs/40b_scoring.ipynb #d9f17f3e
 def video_table(
     rows:pd.DataFrame, # of `scores`
     videos=None, # `Video`s or rows of a manifest that were to be judged: those without a score are kept, with NaN
@@ -120,7 +121,7 @@ def _with_missing(t, videos):
     t = t.astype(dict(label=int, clips=int, score=float, light=float))
     return t.assign(chunk=[of[k].chunk for k in t.video]) if any(v.chunk for v in of.values()) else t
 
-# %% ../nbs/40b_scoring.ipynb #6e372d62
+# %% ../nbs/40b_scoring.ipynb #1ca6a1c4
 def filled(
     t:pd.DataFrame, # a video table
     value:float=.5, # for a video without an answer
@@ -138,10 +139,14 @@ def shared(
     if any((r.label!=res[0].label).any() for r in res): raise EvaluationError('one video has two labels: these tables are not of one set')
     return res
 
-# %% ../nbs/40b_scoring.ipynb #0d7d1bf7
+# %% ../nbs/40b_scoring.ipynb #f3916212
 KIN = (('Celeb-DF-v1','Celeb-DF-v2','Celeb-DF++'), ('DFDC','DFDC-preview','DFDCP','DFDC-test'), ('FaceForensics++','DeeperForensics-1.0')) # sets that share films or people
 
-def _kin(a, b): return a.lower()==b.lower() or any({a.lower(),b.lower()} <= {x.lower() for x in k} for k in KIN)
+def kin(
+    a:str, b:str, # data sets
+)->bool:
+    "Are they one set, or do they share films or people?"
+    return a.lower()==b.lower() or any({a.lower(),b.lower()} <= {x.lower() for x in k} for k in KIN)
 
 def trained_sets(
     trained_on, # of a `Detector`
@@ -158,7 +163,7 @@ def relation(
     seen = [(g, s) for g,s in trained_sets(trained_on) if s]; sets = sorted(set(datasets))
     if not seen: return 'unknown','the card does not say on what it was trained'
     if made_here: return 'self-made',f"the fakes were forged here, of people of {', '.join(sets)} that the training never saw"
-    hit = [(d, g, s) for d in sets for g,s in seen if _kin(d, s)]
+    hit = [(d, g, s) for d in sets for g,s in seen if kin(d, s)]
     say = lambda d,g,s: f"{d} was trained on{f' in stage {g}' if g else ''}" if d.lower()==s.lower() else f"{d} shares films or people with {s}, which was trained on{f' in stage {g}' if g else ''}"
     if hit: return 'in-domain','; '.join(dict.fromkeys(say(*h) for h in hit))
     return 'cross-dataset',f"trained on {', '.join(dict.fromkeys(s for _,s in seen))} alone"

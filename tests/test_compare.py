@@ -218,3 +218,14 @@ def test_stage_compare(tmp_path):
     assert (m['results'], m['tables'], m['pairs'], m['targets'])==(3, 2, 3, 'CDFv2') and [x['level'] for x in d['tables']]==['video','frame'] and len(d['differences'][0]['rows'])==3
     assert {r['method'] for r in d['tables'][1]['rows'] if r['who']=='ours'}=={'frame average'} and '0.5 filled' in (tmp_path/'out'/'comparison.md').read_text()
     rec = run_stage(notebook('compare'), dict(results=str(tmp_path/'nothing')), runs=tmp_path/'runs'); assert rec.state=='failed' and 'evaluate stage' in rec['reason']
+
+def test_pairs_of_self_blends_meet_their_own():
+    "Two pairs of one moment are two pairs; the unit is the pair, and one film alone is no error"
+    import numpy as np
+    from deepfake_nb.compare import _difference
+    r = np.random.default_rng(0); at = [(f, p, l) for f in range(12) for p in range(5) for l in (0,1)]
+    rows = lambda s: pd.DataFrame([dict(video=f"pack/{('real','self-blended')[l]}/as_is/{f}#0", source=f'pack/real/as_is/{f}', pair=5*f+p, start=p//2, label=l, group=str(f), blend=bool(l), score=float(np.clip(.5+.2*l*s+.2*r.normal(), 0, 1))) for f,p,l in at])
+    a,b = rows(2.),rows(.5); d = _difference('a', 'b', a, b, 'clip', 200, 0)
+    assert d['only one']==0 and d['units']==60 and d['better']=='a' and d['lo']>0
+    one = lambda x: x[x.video.str.endswith('/0#0')].assign(pair=0); lone = _difference('a', 'b', one(a).drop_duplicates('label'), one(b).drop_duplicates('label'), 'clip', 50, 0)
+    assert lone['only one']==0 and (lone['lo'] is None or lone['method'])

@@ -25,6 +25,7 @@ def room(tmp_path_factory):
     for layout,name in (('faceforensics','ff'),('celebdf_v2','cdf')):
         m = read_dataset(miniature(layout, d/'data', frames=18, **dict(methods=('Deepfakes','FaceSwap'), dfd=False) if name=='ff' else {})); build_store(m, d/name, size=96 if name=='ff' else 224, native=True); m.save(d/name/'manifest.jsonl')
     one = build_store(read_dataset(d/'data'/'Celeb-DF-v2'), d/'cdf96', size=96, native=True); read_dataset(d/'data'/'Celeb-DF-v2').save(d/'cdf96'/'manifest.jsonl')
+    (d/'val').mkdir(); [(d/'val'/p.name).symlink_to(p) for p in (d/'ff').iterdir() if p.suffix=='.zip' or p.name=='store.json']; read_dataset(d/'data'/'FaceForensics++').where(split='val').save(d/'val'/'manifest.jsonl')
     people = read_dataset(d/'data'/'FaceForensics++').where(split='train').groups
     history = [dict(dataset='FaceForensics++', compression='c23', split='train', videos=6, groups=len(people), people=people, made_here='self-blends')]
     for i,name in enumerate(('one','two')):
@@ -69,6 +70,19 @@ def test_trained_people_are_not_judged(room):
         whole = read_dataset(room/'data'/'FaceForensics++'); m = Manifest([replace(v, split='') for v in whole]); m.save(room/'ff'/'all.jsonl')
         (room/'mixed').mkdir(); [(room/'mixed'/p.name).symlink_to(p) for p in (room/'ff').iterdir() if p.suffix=='.zip' or p.name=='store.json']; m.save(room/'mixed'/'manifest.jsonl')
         play('evaluate', given(room, 'one', targets=str(room/'mixed')))
+
+def test_who_is_held_out_in_words_but_was_trained_on_by_the_card(room):
+    "The split of today says man, the card of the weights says whom they have seen"
+    play('prepare', dict(preset='tiny', store=str(room/'pack')))
+    save_weights(room/'others', 'phase_a_best', build_stf_mamba(STFConfig.phase_a('tiny'), 'pack'), extra=dict(length=4, selection='last', trained_on=[dict(dataset='pack', people=['woman'], chosen_on=['man'])]))
+    for who in ('woman','man'):
+        with pytest.raises(LeakError, match=f'trained on and judged: {who}'): play('evaluate', dict(preset='tiny', store=str(room/'pack'), checkpoints=str(room/'others'), held_out=who))
+
+def test_what_fixed_the_threshold_is_not_judged(room):
+    with pytest.raises(LeakError, match='fixed the threshold'): play('evaluate', given(room, 'one', source=str(room/'val'), targets=str(room/'val')))
+
+def test_several_weights_need_something_to_choose_on(room):
+    with pytest.raises(ValueError, match='to choose between'): play('evaluate', given(room, 'one,two', targets=str(room/'ff')))
 
 def test_another_crop_is_another_measurement(room):
     with pytest.raises(ProtocolError, match='cut with size 224.*96 px'): play('evaluate', given(room, 'one', targets=str(room/'cdf')))

@@ -144,6 +144,20 @@ def room(tmp_path_factory):
     torch.manual_seed(0); save_weights(d/'models'/'STF', 'phase_a_best', build_stf_mamba(STFConfig.phase_a('tiny'), weights='random'), extra=dict(length=4, selection='never trained', trained_on=[]))
     return d
 
+def test_a_fusion_of_noise_is_not_better_than_anybody_out_of_fold():
+    "Fitted on these very rows it would be: forty films, six members of pure noise"
+    worse = 0
+    for seed in range(n := count(8)):
+        r = np.random.default_rng(seed); t = team(40, seed); t[NAMES] = r.random((40, len(NAMES))); given = dict(seed=seed, least=2)
+        held = t.video.map(out_of_fold(t, 'stacked', **given).set_index('video').score); d = against(t, {'stacked, out of fold':fit_fusion(t, 'stacked', **given)}, scores={'stacked, out of fold':held}, n=200)
+        worse += (d.loc[NAMES,'p']<.01).any() and d.loc['stacked, out of fold','auc']>.6
+    told(n-worse, n, 'fusions of noise that look like noise', 0) if not worse else None; assert worse<=n//8
+
+def test_a_member_of_one_class_and_a_verdict_without_a_number():
+    t = team(200, 1); f = fit_fusion(t, 'mean'); one = t.assign(A=t.A.where(t.label==1)); d = against(one, f, n=50)
+    assert np.isnan(d.auc['A']) and d.note['A'] and d.auc['B']>.5
+    v = verdicts(f, t[:4], score=[np.nan,.9,.1,np.nan]); assert v.answer.tolist()==[UNSURE,'fake','real',UNSURE]
+
 def test_integrate_from_models_to_a_verdict(room, tmp_path):
     given = dict(preset='tiny', members=str(room/'models'), store=str(room/'store'), split='train,val', test_store=str(room/'store'), people=2, out=str(tmp_path/'out'))
     assert all(p['help'] for p in declared(notebook('integrate')).values())
