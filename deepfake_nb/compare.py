@@ -150,7 +150,7 @@ def _measured(metrics, level, at, say):
     "All metrics of a target"
     for k,some in metrics.items():
         if k not in (*LEVELS,'group','filled'): say(f"{at}{k}: no level of that name; there are {', '.join(LEVELS)}, group, filled")
-        if k in ('frame','clip') and k!=level: say(f'{at}{k}: the protocol is by {level}')
+        if k=='frame' and level!='frame': say(f'{at}{k}: the protocol is by {level}') # a model of frames may be shown clips, a model of clips has no frames to show
         if not isinstance(some, dict): say(f'{at}{k} is a {type(some).__name__}, not an object')
         for m,x in some.items():
             if m=='note': continue # why there is no number

@@ -7,7 +7,7 @@ __all__ = ['SLICES', 'FORMAT', 'ProtocolError', 'Protocol', 'Target', 'open_targ
            'Source', 'answered', 'fix', 'choose', 'labelled', 'by_slice', 'levels', 'judge_target', 'headline',
            'caveats', 'result', 'write_result', 'words', 'result_figure']
 
-# %% ../nbs/45_protocol.ipynb #a1b8cabe
+# %% ../nbs/45_protocol.ipynb #d336823a
 import math,numpy as np,pandas as pd,matplotlib.pyplot as plt
 from dataclasses import asdict,dataclass,field,replace
 from datetime import datetime,timezone
@@ -20,9 +20,9 @@ from .leakage import LeakError,between
 from .stores import prepared
 from .batches import Batch,window_loader
 
-# %% ../nbs/45_protocol.ipynb #b6afa25c
+# %% ../nbs/45_protocol.ipynb #c2ac3add
 from .metrics import METRICS,MetricError,video_of
-from .bias import before_after,epoch_row
+from .bias import alarm,before_after,epoch_row
 from .intervals import auc_interval,summary
 from .calibration import CalibrationError,aurc,calibration_summary,carried,fit_temperature,freeze,warm
 from .checkpoints import code_hash
@@ -30,7 +30,7 @@ from .evaluation import EvaluationError,counts,forgeries,judge,within
 from .scoring import Detector,face_heights,filled,kin,relation,scores,video_table
 from .shortcuts import as_json,permuted,seen_of_batches,shortcuts
 
-# %% ../nbs/45_protocol.ipynb #71edb033
+# %% ../nbs/45_protocol.ipynb #772b9dad
 class ProtocolError(EvaluationError):
     "Something that would make two numbers incomparable"
 
@@ -49,7 +49,7 @@ class Protocol:
     def most(self, d): return self.frames if d.length==1 else self.clips # windows of a track
     def json(self, d): return asdict(self)|dict(level=d.level, length=d.length, clips=self.most(d), stride=1, aggregation='mean', precision=d.precision) # clips of a video, over all tracks
 
-# %% ../nbs/45_protocol.ipynb #102a53af
+# %% ../nbs/45_protocol.ipynb #3741941d
 @dataclass
 class Target:
     "A set that is judged"
@@ -61,7 +61,7 @@ class Target:
     @property
     def hash(self): return data_hash(self.videos, self.sums)
 
-# %% ../nbs/45_protocol.ipynb #1d9ffcd3
+# %% ../nbs/45_protocol.ipynb #b196bc93
 def open_target(
     store, # a `FaceStore` that `prepare` made
     name:str='', # default its data set
@@ -76,7 +76,7 @@ def open_target(
     if len({v.label for v in rows})<2: raise ProtocolError(f"{store.folder}{f', {split} part' if split else ''}: {len(rows)} videos of one kind; a target has reals and fakes")
     return Target(name or ', '.join(sorted({v.dataset for v in rows})), FaceStore(store.folder, sorted({t.shard for t in store.tracks if t.video in {v.key for v in rows}})), rows, sums, split)
 
-# %% ../nbs/45_protocol.ipynb #40a9b062
+# %% ../nbs/45_protocol.ipynb #48b5dde4
 def met(
     d, # a `Detector`
     groups, # who is to be judged
@@ -108,7 +108,7 @@ def _audited(d, store, target, allow):
     leaks = between(learned, target.videos.like(replace(v, split='test') for v in target.videos), sums|target.sums, allow=allow)
     return f'{len(learned)} films against {len(target.videos)}, bytes of {leaks.hashed}: nothing on both sides'+(f', {len(leaks.allowed)} links accepted' if leaks.allowed else '')
 
-# %% ../nbs/45_protocol.ipynb #08d64f50
+# %% ../nbs/45_protocol.ipynb #b10359c1
 @dataclass
 class Scored:
     "What a detector said of a target, and what the controls need"
@@ -128,7 +128,7 @@ class Scored:
     labels:tuple=() # columns of the table that the user brought, to slice by
     level:str='' # 'clip', where a model of frames was shown clips
 
-# %% ../nbs/45_protocol.ipynb #e1d2e684
+# %% ../nbs/45_protocol.ipynb #06a61875
 def score_target(
     d, # a `Detector`
     target:Target,
@@ -147,7 +147,7 @@ def score_target(
     frames = lambda r: target.store.read(r.key, int(r.start), d.length).frames
     return Scored(target.name, rows, table, why, seen, target.split, tuple(kinds('dataset')), ', '.join(kinds('compression')), target.hash, leakage, False, took, frames)
 
-# %% ../nbs/45_protocol.ipynb #5e811317
+# %% ../nbs/45_protocol.ipynb #be62474e
 def _why(target, d, table):
     "The reason of each video without a score"
     rows = {r['key']:r for r in read_json(Path(target.store.folder)/'store.json')['rows']}; long = {}
@@ -155,7 +155,7 @@ def _why(target, d, table):
     def one(k): return rows.get(k, {}).get('error') or ('no face was found' if k not in long else f'{long[k]} frames, {d.length} are looked at' if long[k]<d.length else 'the model abstained')
     return {k:one(k) for k in table.video[table.score.isna()]}
 
-# %% ../nbs/45_protocol.ipynb #31b31751
+# %% ../nbs/45_protocol.ipynb #d5d40755
 @dataclass
 class Source:
     "What was fixed on validation data, before any target"
@@ -169,7 +169,7 @@ class Source:
     note:str=''
     datasets:tuple=()
 
-# %% ../nbs/45_protocol.ipynb #1c026b4d
+# %% ../nbs/45_protocol.ipynb #7c37b347
 def answered(s:Scored)->pd.DataFrame: # with video, label, group, score
     "What thresholds and probabilities are held against: videos with a score; of self-blends, where a few videos carry many pairs, clips"
     if not s.made_here: return s.table[s.table.score.notna()]
@@ -187,7 +187,7 @@ def fix(
     except CalibrationError as e: T,note = None,f'no temperature could be fitted on {name}: {e}'
     return Source(name, freeze(t, protocol.rule, name), T, t, counts(s.rows[~s.rows.abstains]), s.data_hash, candidates or {}, note, tuple(s.datasets))
 
-# %% ../nbs/45_protocol.ipynb #47350fc5
+# %% ../nbs/45_protocol.ipynb #d8b0aec0
 def choose(
     candidates, # `Detector`s: several weights of one training
     target:Target, # the source's validation part
@@ -202,10 +202,10 @@ def choose(
     best = max(range(len(got)), key=lambda i: aucs[candidates[i].name])
     return candidates[best],got[best],aucs
 
-# %% ../nbs/45_protocol.ipynb #e5a70117
+# %% ../nbs/45_protocol.ipynb #430663a6
 SLICES = ('method','compression','chunk','face size','brightness')
 
-# %% ../nbs/45_protocol.ipynb #1d52c350
+# %% ../nbs/45_protocol.ipynb #dc994dc3
 def labelled(
     s:Scored,
     path, # of a CSV: a column `video`, and columns to slice by: age, skin tone, whatever the user may use
@@ -230,13 +230,13 @@ def by_slice(
         except MetricError as e: return head|dict(auc=None, lo=None, hi=None, note=str(e))
     return [one(c, v) for c in by if c in t for v in sorted(set(t[c][t.label==1] if c=='method' else t[c].dropna()), key=str)]
 
-# %% ../nbs/45_protocol.ipynb #0fce4728
+# %% ../nbs/45_protocol.ipynb #ef439d9c
 def _metrics(f, *a, **kw):
     "All metrics of a level, or the reason why there are none"
     try: return {k:v for k,v in f(*a, **kw).items() if k in METRICS}
     except MetricError as e: return dict(note=str(e))
 
-# %% ../nbs/45_protocol.ipynb #a532797b
+# %% ../nbs/45_protocol.ipynb #5f4e1a45
 def levels(
     s:Scored,
     d, # its `Detector`
@@ -247,7 +247,7 @@ def levels(
     return {s.level or d.level:_metrics(judge, rows, 'pair' if s.made_here else 'clip', **kw), 'video':_metrics(judge, rows, 'video', **kw), 'group':_metrics(judge, rows, 'group', **kw),
             'filled':_metrics(summary, f.score, f.label, f.video, protocol.resamples, protocol.seed)}
 
-# %% ../nbs/45_protocol.ipynb #371645d2
+# %% ../nbs/45_protocol.ipynb #05f11850
 def _or_why(f, *a, **kw):
     "What a function of scores says, or why it cannot"
     try: return f(*a, **kw)
@@ -274,10 +274,10 @@ def judge_target(
     return dict(name=s.name, dataset=', '.join(s.datasets), compression=s.compression, split=s.split, relation=rel, why=why, fakes=forgeries(s.rows), data_hash=s.data_hash, counts=_counts(s), within=within(s.rows.group, 'pair'),
         headline='video' if not s.made_here and 'auc' in m['video'] else s.level or d.level, coverage=dict(expected=len(s.table), scored=int(s.table.score.notna().sum()), share=float(s.table.score.notna().mean()), missing=[dict(video=k, why=w) for k,w in sorted(s.why.items())]),
         metrics=m, threshold=cut, frozen=carried(source.frozen, t) if source else None, calibration=dict(before=cal(t.score, ''), after=after), risk=_or_why(lambda: dict(aurc=aurc(t.score, t.label))),
-        slice_aucs=by_slice(t, (*SLICES, *s.labels), **kw), slices=_or_why(epoch_row, 0, t, cut, (*SLICES, *s.labels)).get('table', []), correction=_corrected(source, t), controls=_controls(s, kw)|dict(permuted=_or_why(permuted, t.score, t.label, over, **kw)|dict(over=word)),
+        slice_aucs=by_slice(t, (*SLICES, *s.labels), **kw), slices=_or_why(epoch_row, 0, t, cut, (*SLICES, *s.labels)).get('table', []), alarm=str(_or_why(lambda: alarm(t, cut))) if len(t) else 'nothing was answered', correction=_corrected(source, t), controls=_controls(s, kw)|dict(permuted=_or_why(permuted, t.score, t.label, over, **kw)|dict(over=word)),
         abstained=int(s.rows.abstains.sum()), robustness=robustness, leakage=s.leakage, seconds=s.seconds)
 
-# %% ../nbs/45_protocol.ipynb #e96ec3b0
+# %% ../nbs/45_protocol.ipynb #8a31c965
 def _controls(s, kw): return as_json(shortcuts(s.seen, **kw)) if {x.label for x in s.seen}=={0,1} else {}
 
 def _counts(s):
@@ -287,7 +287,7 @@ def _counts(s):
     t = s.table; of = lambda d: {f'{n}_videos':int((d.label==y).sum()) for y,n in enumerate(('real','fake'))}
     return c|of(t)|dict(videos=len(t), people=int(t.group.nunique()))|{f'answered_{k}':v for k,v in of(t[t.score.notna()]).items()}
 
-# %% ../nbs/45_protocol.ipynb #584e2490
+# %% ../nbs/45_protocol.ipynb #66bb4b60
 def headline(
     t:dict, # of `judge_target`
     d, # its `Detector`
@@ -302,7 +302,7 @@ def _corrected(source, t):
     got = _or_why(lambda: before_after(source.table, t).reset_index().to_dict('records'))
     return got if isinstance(got, dict) else [{k:None if isinstance(v, float) and math.isnan(v) else v for k,v in r.items()} for r in got]
 
-# %% ../nbs/45_protocol.ipynb #8449a3f2
+# %% ../nbs/45_protocol.ipynb #5a5c0b8b
 FORMAT = 'deepfake_nb result 1'
 
 def caveats(
@@ -323,12 +323,13 @@ def _warned(t, source):
     if c['share']<1: yield f"{c['expected']-c['scored']} of {c['expected']} videos have no score; the number on the rest is not the number on all."
     if t['relation']!='cross-dataset': yield f"it is {t['relation']}: {t['why']}."
     elif source and any(kin(a, b) for a in source.datasets for b in t['dataset'].split(', ')): yield f'threshold and choice come from {source.name}, which is of the same family.'
+    if t['alarm']: yield f"at the threshold {t['threshold']:.3g} it {t['alarm']}."
     for k,v in bad.items():
         if str(v['verdict']).startswith('tells them apart'): yield f"the control '{k}' reaches {v['auc']:.2f}: {v['verdict']}."
     if all(str(v['verdict']).startswith('too few') for v in bad.values()): yield 'too few clips for the controls: what else could tell these fakes apart was not measured.'
     if p is None or p>.05: yield f"shuffled labels do as well in {p:.0%} of draws; the detector may know nothing here." if p is not None else 'nothing can be said against shuffled labels.'
 
-# %% ../nbs/45_protocol.ipynb #7feefd3b
+# %% ../nbs/45_protocol.ipynb #307a201e
 def result(
     d, # the `Detector`
     targets, # of `judge_target`
@@ -344,7 +345,7 @@ def result(
         detector=dict(name=d.name, kind=d.kind, sha256=d.sha256, code_sha256=code_hash(), config=asdict(cfg) if cfg is not None else None, selection=d.selection, trained_on=[{k:v for k,v in r.items() if k!='people'} for r in d.trained_on]),
         protocol=protocol.json(d), source=fixed, targets=list(targets), cost=cost or {}, caveats=caveats(targets, source, d.kind=='Fusion')+list(more))
 
-# %% ../nbs/45_protocol.ipynb #20470e45
+# %% ../nbs/45_protocol.ipynb #f3c7d87f
 def write_result(
     folder, # its own
     res:dict, # of `result`
@@ -356,7 +357,7 @@ def write_result(
     atomic_write(folder/'scores.csv', lambda part: rows.to_csv(part, index=False))
     return write_json(folder/'result.json', res)
 
-# %% ../nbs/45_protocol.ipynb #fba3b642
+# %% ../nbs/45_protocol.ipynb #94192c17
 def words(
     res:dict, # of `result`
 )->list: # a sentence a target
@@ -368,7 +369,7 @@ def words(
         return f"{t['name']}{' '+t['split'] if t['split'] else ''}, {t['relation']}: {lv} AUC {a['value']:.3f}{band}, {c['real_videos']} real and {c['fake_videos']} fake videos of {c['people']} {'person' if c['people']==1 else 'people'}, {t['coverage']['share']:.0%} of them answered"
     return [say(t) for t in res['targets']]
 
-# %% ../nbs/45_protocol.ipynb #b63b6bf3
+# %% ../nbs/45_protocol.ipynb #4a01c668
 def result_figure(
     results, # of `result`
     ax=None,

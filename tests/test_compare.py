@@ -1,6 +1,7 @@
 "Predictions in and out of DeepfakeBench, and results beside each other: round trips, hostile files, names that collide, levels that must not mix"
 import json,pickle,random,zipfile
 from io import BytesIO
+from pathlib import Path
 import numpy as np,pandas as pd,pytest
 from common import count,told
 from deepfake_nb.bench import BenchError,Written,image_of,place_of,read_predictions,write_predictions
@@ -229,3 +230,11 @@ def test_pairs_of_self_blends_meet_their_own():
     assert d['only one']==0 and d['units']==60 and d['better']=='a' and d['lo']>0
     one = lambda x: x[x.video.str.endswith('/0#0')].assign(pair=0); lone = _difference('a', 'b', one(a).drop_duplicates('label'), one(b).drop_duplicates('label'), 'clip', 50, 0)
     assert lone['only one']==0 and (lone['lo'] is None or lone['method'])
+
+def test_kept_results_are_read_and_a_model_of_frames_may_be_shown_clips(tmp_path):
+    "The records of the demonstration; a model of clips has no frames to show"
+    kept = Path(__file__).parent.parent/'records'/'evaluation_pack'; a,b = (load_result(kept/f'{p}.json') for p in 'AB')
+    assert (a.name, b.name)==('phase_a_best','phase_b_best') and a['targets'][0]['counts']['pairs']==60
+    d = json.loads((kept/'A.json').read_text()); d['protocol']['level'] = 'frame'; (tmp_path/'r.json').write_text(json.dumps(d)); assert load_result(tmp_path/'r.json')['protocol']['level']=='frame'
+    d['protocol']['level'] = 'clip'; m = d['targets'][0]['metrics']; m['frame'] = m['clip']; (tmp_path/'r.json').write_text(json.dumps(d))
+    with pytest.raises(ResultError, match='the protocol is by clip'): load_result(tmp_path/'r.json')
