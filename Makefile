@@ -34,7 +34,7 @@ test: .venv/ready
 	$(ONE) $(PY) tools/check.py
 
 soak: .venv/ready
-	$(ONE) SOAK=$(SOAK) $(PY) -m pytest -s tests/test_store.py tests/test_checkpoints.py tests/test_training.py tests/test_video.py tests/test_forge.py tests/test_compile.py tests/test_chunks.py tests/test_datasets.py tests/test_budget.py tests/test_progress.py tests/test_plan.py
+	$(ONE) SOAK=$(SOAK) $(PY) -m pytest -s tests/test_store.py tests/test_checkpoints.py tests/test_training.py tests/test_video.py tests/test_forge.py tests/test_compile.py tests/test_chunks.py tests/test_datasets.py tests/test_budget.py tests/test_progress.py tests/test_plan.py tests/test_metrics.py tests/test_calibration.py tests/test_fusion.py tests/test_compare.py
 	$(ONE) SOAK=$(KILLS) $(PY) -m pytest -s tests/test_crashes.py
 
 lab: .venv/ready
