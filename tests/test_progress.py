@@ -101,8 +101,12 @@ def test_ctrl_c_leaves_the_cursor_below(runs):
     "The key itself, through the terminal: the lines stay whole, the traceback comes below them, no mode is left behind"
     root,beat = runs; beat(3); term = watch(root, rows=40)
     try:
-        term.read(shows(' 3/400')); os.write(term.master, b'\x03')
-        got = term.read(shows('KeyboardInterrupt')); assert term.p.wait(30)!=0
+        term.read(shows(' 3/400')); press = lambda: os.write(term.master, b'\x03'); press(); again = time.monotonic()+10
+        def seen(screen): # Python loses a key that falls into a finaliser; then one presses again
+            nonlocal again
+            if time.monotonic()>again and not shows('KeyboardInterrupt')(screen): press(); again = time.monotonic()+10
+            return shows('KeyboardInterrupt')(screen)
+        got = term.read(seen); assert term.p.wait(30)!=0
         assert [r.split()[0] for r in got[:3]]==list(NAMES) and got[3].startswith('Traceback')
         assert '\x1b[?' not in term.all
     finally: term.close()
