@@ -428,19 +428,20 @@ def against_figure(
     return axs
 
 # %% ../nbs/41_fusion.ipynb #ee97e322
-def _people(row): # names of who was trained on, as far as a card says; None: it does not
+def _people(row, chosen=False): # names of who was trained on (and who chose), as far as a card says; None: it does not
     v = next((row[k] for k in ('people','groups','train_groups') if isinstance(row.get(k), (list,tuple))), None)
-    return None if v is None else {str(g) for g in v}
+    return None if v is None else {str(g) for g in (*v, *(row.get('chosen_on') or () if chosen else ()))}
 
 def check_seen(
     trained_on:dict, # name of a member -> list of dicts of its card: sets or dataset, people where known, stage
     videos, # `Video`s that a fusion is fitted on, or judged on
     what:str='validation', # what they are, for the error
+    chosen:bool=False, # people that chose a checkpoint are refused too: for a test
 )->list: # of lines: what could not be checked by name
     "Refuse people that a member was trained on; where a card names nobody, refuse published training parts and undivided sets it was trained on"
     groups,said = {v.group for v in videos},[f'{m}: its card does not say on what it was trained' for m,rows in trained_on.items() if not len(rows)]
     for m,r in ((m, r) for m,rows in trained_on.items() for r in rows):
-        who,sets = _people(r),{*(r.get('sets') or [r.get('dataset') or r.get('data')])}-{None,''}; at = f"{m}{f', stage ' + str(r['stage']) if r.get('stage') else ''}"
+        who,sets = _people(r, chosen),{*(r.get('sets') or [r.get('dataset') or r.get('data')])}-{None,''}; at = f"{m}{f', stage ' + str(r['stage']) if r.get('stage') else ''}"
         if who is not None:
             if both := sorted(who&groups): raise LeakError(f"{at}: was trained on {', '.join(both[:5])}{' and others' if len(both)>5 else ''} ({len(both)} people), who are in the {what}. Take people that no member has seen")
             continue

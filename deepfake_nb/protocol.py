@@ -7,8 +7,8 @@ __all__ = ['SLICES', 'FORMAT', 'ProtocolError', 'Protocol', 'Target', 'open_targ
            'Source', 'answered', 'fix', 'choose', 'labelled', 'by_slice', 'levels', 'judge_target', 'headline',
            'caveats', 'result', 'write_result', 'words', 'result_figure']
 
-# %% ../nbs/45_protocol.ipynb #d336823a
-import math,numpy as np,pandas as pd,matplotlib.pyplot as plt
+# %% ../nbs/45_protocol.ipynb #f80a27c6
+import math,pandas as pd,matplotlib.pyplot as plt
 from dataclasses import asdict,dataclass,field,replace
 from datetime import datetime,timezone
 from pathlib import Path
@@ -18,19 +18,19 @@ from .clips import FaceStore
 from .manifest import Manifest,data_hash
 from .leakage import LeakError,between
 from .stores import prepared
-from .batches import Batch,window_loader
+from .batches import window_loader
 
-# %% ../nbs/45_protocol.ipynb #c2ac3add
-from .metrics import METRICS,MetricError,video_of
+# %% ../nbs/45_protocol.ipynb #c8baaeba
+from .metrics import METRICS,MetricError
 from .bias import alarm,before_after,epoch_row
 from .intervals import auc_interval,summary
 from .calibration import CalibrationError,aurc,calibration_summary,carried,fit_temperature,freeze,warm
 from .checkpoints import code_hash
 from .evaluation import EvaluationError,counts,forgeries,judge,within
-from .scoring import Detector,face_heights,filled,kin,relation,scores,video_table
+from .scoring import face_heights,filled,kin,relation,scores,video_table
 from .shortcuts import as_json,permuted,seen_of_batches,shortcuts
 
-# %% ../nbs/45_protocol.ipynb #772b9dad
+# %% ../nbs/45_protocol.ipynb #6d71a12a
 class ProtocolError(EvaluationError):
     "Something that would make two numbers incomparable"
 
@@ -49,7 +49,7 @@ class Protocol:
     def most(self, d): return self.frames if d.length==1 else self.clips # windows of a track
     def json(self, d): return asdict(self)|dict(level=d.level, length=d.length, clips=self.most(d), stride=1, aggregation='mean', precision=d.precision) # clips of a video, over all tracks
 
-# %% ../nbs/45_protocol.ipynb #3741941d
+# %% ../nbs/45_protocol.ipynb #bb328ba0
 @dataclass
 class Target:
     "A set that is judged"
@@ -61,7 +61,7 @@ class Target:
     @property
     def hash(self): return data_hash(self.videos, self.sums)
 
-# %% ../nbs/45_protocol.ipynb #b196bc93
+# %% ../nbs/45_protocol.ipynb #bf7127bc
 def open_target(
     store, # a `FaceStore` that `prepare` made
     name:str='', # default its data set
@@ -76,7 +76,7 @@ def open_target(
     if len({v.label for v in rows})<2: raise ProtocolError(f"{store.folder}{f', {split} part' if split else ''}: {len(rows)} videos of one kind; a target has reals and fakes")
     return Target(name or ', '.join(sorted({v.dataset for v in rows})), FaceStore(store.folder, sorted({t.shard for t in store.tracks if t.video in {v.key for v in rows}})), rows, sums, split)
 
-# %% ../nbs/45_protocol.ipynb #48b5dde4
+# %% ../nbs/45_protocol.ipynb #996e33cf
 def met(
     d, # a `Detector`
     groups, # who is to be judged
@@ -108,7 +108,7 @@ def _audited(d, store, target, allow):
     leaks = between(learned, target.videos.like(replace(v, split='test') for v in target.videos), sums|target.sums, allow=allow)
     return f'{len(learned)} films against {len(target.videos)}, bytes of {leaks.hashed}: nothing on both sides'+(f', {len(leaks.allowed)} links accepted' if leaks.allowed else '')
 
-# %% ../nbs/45_protocol.ipynb #b10359c1
+# %% ../nbs/45_protocol.ipynb #9cc0045b
 @dataclass
 class Scored:
     "What a detector said of a target, and what the controls need"
@@ -128,7 +128,7 @@ class Scored:
     labels:tuple=() # columns of the table that the user brought, to slice by
     level:str='' # 'clip', where a model of frames was shown clips
 
-# %% ../nbs/45_protocol.ipynb #06a61875
+# %% ../nbs/45_protocol.ipynb #33014276
 def score_target(
     d, # a `Detector`
     target:Target,
@@ -147,7 +147,7 @@ def score_target(
     frames = lambda r: target.store.read(r.key, int(r.start), d.length).frames
     return Scored(target.name, rows, table, why, seen, target.split, tuple(kinds('dataset')), ', '.join(kinds('compression')), target.hash, leakage, False, took, frames)
 
-# %% ../nbs/45_protocol.ipynb #be62474e
+# %% ../nbs/45_protocol.ipynb #dc8bd627
 def _why(target, d, table):
     "The reason of each video without a score"
     rows = {r['key']:r for r in read_json(Path(target.store.folder)/'store.json')['rows']}; long = {}
@@ -155,7 +155,7 @@ def _why(target, d, table):
     def one(k): return rows.get(k, {}).get('error') or ('no face was found' if k not in long else f'{long[k]} frames, {d.length} are looked at' if long[k]<d.length else 'the model abstained')
     return {k:one(k) for k in table.video[table.score.isna()]}
 
-# %% ../nbs/45_protocol.ipynb #d5d40755
+# %% ../nbs/45_protocol.ipynb #602aa13a
 @dataclass
 class Source:
     "What was fixed on validation data, before any target"
@@ -169,7 +169,7 @@ class Source:
     note:str=''
     datasets:tuple=()
 
-# %% ../nbs/45_protocol.ipynb #7c37b347
+# %% ../nbs/45_protocol.ipynb #99be26a4
 def answered(s:Scored)->pd.DataFrame: # with video, label, group, score
     "What thresholds and probabilities are held against: videos with a score; of self-blends, where a few videos carry many pairs, clips"
     if not s.made_here: return s.table[s.table.score.notna()]
@@ -187,7 +187,7 @@ def fix(
     except CalibrationError as e: T,note = None,f'no temperature could be fitted on {name}: {e}'
     return Source(name, freeze(t, protocol.rule, name), T, t, counts(s.rows[~s.rows.abstains]), s.data_hash, candidates or {}, note, tuple(s.datasets))
 
-# %% ../nbs/45_protocol.ipynb #d8b0aec0
+# %% ../nbs/45_protocol.ipynb #1b677938
 def choose(
     candidates, # `Detector`s: several weights of one training
     target:Target, # the source's validation part
@@ -202,10 +202,10 @@ def choose(
     best = max(range(len(got)), key=lambda i: aucs[candidates[i].name])
     return candidates[best],got[best],aucs
 
-# %% ../nbs/45_protocol.ipynb #430663a6
+# %% ../nbs/45_protocol.ipynb #0d44f116
 SLICES = ('method','compression','chunk','face size','brightness')
 
-# %% ../nbs/45_protocol.ipynb #dc994dc3
+# %% ../nbs/45_protocol.ipynb #f09c640c
 def labelled(
     s:Scored,
     path, # of a CSV: a column `video`, and columns to slice by: age, skin tone, whatever the user may use
@@ -230,13 +230,15 @@ def by_slice(
         except MetricError as e: return head|dict(auc=None, lo=None, hi=None, note=str(e))
     return [one(c, v) for c in by if c in t for v in sorted(set(t[c][t.label==1] if c=='method' else t[c].dropna()), key=str)]
 
-# %% ../nbs/45_protocol.ipynb #ef439d9c
-def _metrics(f, *a, **kw):
-    "All metrics of a level, or the reason why there are none"
-    try: return {k:v for k,v in f(*a, **kw).items() if k in METRICS}
+# %% ../nbs/45_protocol.ipynb #a82913c9
+def _or_why(f, *a, **kw):
+    "What a function of scores says, or why it cannot"
+    try: return f(*a, **kw)
     except MetricError as e: return dict(note=str(e))
 
-# %% ../nbs/45_protocol.ipynb #5f4e1a45
+def _metrics(f, *a, **kw): return {k:v for k,v in _or_why(f, *a, **kw).items() if k in (*METRICS,'note')} # of a level
+
+# %% ../nbs/45_protocol.ipynb #5f056cc5
 def levels(
     s:Scored,
     d, # its `Detector`
@@ -247,12 +249,7 @@ def levels(
     return {s.level or d.level:_metrics(judge, rows, 'pair' if s.made_here else 'clip', **kw), 'video':_metrics(judge, rows, 'video', **kw), 'group':_metrics(judge, rows, 'group', **kw),
             'filled':_metrics(summary, f.score, f.label, f.video, protocol.resamples, protocol.seed)}
 
-# %% ../nbs/45_protocol.ipynb #05f11850
-def _or_why(f, *a, **kw):
-    "What a function of scores says, or why it cannot"
-    try: return f(*a, **kw)
-    except MetricError as e: return dict(note=str(e))
-
+# %% ../nbs/45_protocol.ipynb #d8d660e5
 def _units(t, made_here):
     "What is drawn, and what labels are shuffled over: pairs; else people, where each is real or fake and there are ten of both; else videos"
     if made_here: return t.pair,t.pair,'pairs'
@@ -277,7 +274,7 @@ def judge_target(
         slice_aucs=by_slice(t, (*SLICES, *s.labels), **kw), slices=_or_why(epoch_row, 0, t, cut, (*SLICES, *s.labels)).get('table', []), alarm=str(_or_why(lambda: alarm(t, cut))) if len(t) else 'nothing was answered', correction=_corrected(source, t), controls=_controls(s, kw)|dict(permuted=_or_why(permuted, t.score, t.label, over, **kw)|dict(over=word)),
         abstained=int(s.rows.abstains.sum()), robustness=robustness, leakage=s.leakage, seconds=s.seconds)
 
-# %% ../nbs/45_protocol.ipynb #8a31c965
+# %% ../nbs/45_protocol.ipynb #dc11a22f
 def _controls(s, kw): return as_json(shortcuts(s.seen, **kw)) if {x.label for x in s.seen}=={0,1} else {}
 
 def _counts(s):
@@ -287,7 +284,7 @@ def _counts(s):
     t = s.table; of = lambda d: {f'{n}_videos':int((d.label==y).sum()) for y,n in enumerate(('real','fake'))}
     return c|of(t)|dict(videos=len(t), people=int(t.group.nunique()))|{f'answered_{k}':v for k,v in of(t[t.score.notna()]).items()}
 
-# %% ../nbs/45_protocol.ipynb #66bb4b60
+# %% ../nbs/45_protocol.ipynb #559968e5
 def headline(
     t:dict, # of `judge_target`
     d, # its `Detector`
@@ -302,7 +299,7 @@ def _corrected(source, t):
     got = _or_why(lambda: before_after(source.table, t).reset_index().to_dict('records'))
     return got if isinstance(got, dict) else [{k:None if isinstance(v, float) and math.isnan(v) else v for k,v in r.items()} for r in got]
 
-# %% ../nbs/45_protocol.ipynb #5a5c0b8b
+# %% ../nbs/45_protocol.ipynb #2024c563
 FORMAT = 'deepfake_nb result 1'
 
 def caveats(
@@ -329,7 +326,7 @@ def _warned(t, source):
     if all(str(v['verdict']).startswith('too few') for v in bad.values()): yield 'too few clips for the controls: what else could tell these fakes apart was not measured.'
     if p is None or p>.05: yield f"shuffled labels do as well in {p:.0%} of draws; the detector may know nothing here." if p is not None else 'nothing can be said against shuffled labels.'
 
-# %% ../nbs/45_protocol.ipynb #307a201e
+# %% ../nbs/45_protocol.ipynb #328b78f6
 def result(
     d, # the `Detector`
     targets, # of `judge_target`
@@ -342,10 +339,10 @@ def result(
     cfg = getattr(getattr(d, 'model', None), 'cfg', None)
     fixed = source and dict(name=source.name, counts=source.counts, data_hash=source.data_hash, frozen=asdict(source.frozen), temperature=source.temperature, note=source.note, candidates=source.candidates)
     return dict(format=FORMAT, made=datetime.now(timezone.utc).isoformat(timespec='seconds'), seed=protocol.seed,
-        detector=dict(name=d.name, kind=d.kind, sha256=d.sha256, code_sha256=code_hash(), config=asdict(cfg) if cfg is not None else None, selection=d.selection, trained_on=[{k:v for k,v in r.items() if k!='people'} for r in d.trained_on]),
+        detector=dict(name=d.name, kind=d.kind, sha256=d.sha256, code_sha256=code_hash(), config=asdict(cfg) if cfg is not None else None, selection=d.selection, trained_on=[{k:v for k,v in r.items() if k not in ('people','chosen_on')} for r in d.trained_on]),
         protocol=protocol.json(d), source=fixed, targets=list(targets), cost=cost or {}, caveats=caveats(targets, source, d.kind=='Fusion')+list(more))
 
-# %% ../nbs/45_protocol.ipynb #f3c7d87f
+# %% ../nbs/45_protocol.ipynb #0063140f
 def write_result(
     folder, # its own
     res:dict, # of `result`
@@ -357,7 +354,7 @@ def write_result(
     atomic_write(folder/'scores.csv', lambda part: rows.to_csv(part, index=False))
     return write_json(folder/'result.json', res)
 
-# %% ../nbs/45_protocol.ipynb #94192c17
+# %% ../nbs/45_protocol.ipynb #7305740b
 def words(
     res:dict, # of `result`
 )->list: # a sentence a target
@@ -369,7 +366,7 @@ def words(
         return f"{t['name']}{' '+t['split'] if t['split'] else ''}, {t['relation']}: {lv} AUC {a['value']:.3f}{band}, {c['real_videos']} real and {c['fake_videos']} fake videos of {c['people']} {'person' if c['people']==1 else 'people'}, {t['coverage']['share']:.0%} of them answered"
     return [say(t) for t in res['targets']]
 
-# %% ../nbs/45_protocol.ipynb #4a01c668
+# %% ../nbs/45_protocol.ipynb #a10ab925
 def result_figure(
     results, # of `result`
     ax=None,

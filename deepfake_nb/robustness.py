@@ -9,7 +9,7 @@ __all__ = ['SETTINGS', 'RESIZES', 'WELL', 'READ', 'SHOWN', 'FINDERS', 'FORMAT', 
            'robustness_figure', 'own_damage', 'in_words', 'alarms']
 
 # %% ../nbs/44c_robustness.ipynb #cc0c3fe4
-import cv2,hashlib,importlib.util,json,math,time,numpy as np,pandas as pd,matplotlib.pyplot as plt
+import cv2,hashlib,importlib.util,math,time,numpy as np,pandas as pd,matplotlib.pyplot as plt
 from dataclasses import dataclass,field,replace
 from functools import lru_cache,partial
 from pathlib import Path

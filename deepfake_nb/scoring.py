@@ -6,17 +6,17 @@
 __all__ = ['LIGHT', 'KIN', 'Detector', 'load_detector', 'scores', 'face_heights', 'light_words', 'video_table', 'filled',
            'shared', 'kin', 'trained_sets', 'relation']
 
-# %% ../nbs/40b_scoring.ipynb #cf950f40
+# %% ../nbs/40b_scoring.ipynb #309598dc
 import numpy as np,pandas as pd,torch
 from dataclasses import dataclass
 from pathlib import Path
-from .metrics import aggregate,video_of
+from fastcore.basics import patch
 from .bias import face_size_bins,from_keys,per_video
 from .batches import normalise
 from .checkpoints import CheckpointError,load_model
 from .evaluation import EvaluationError,colours,precision_context,rows_of
 
-# %% ../nbs/40b_scoring.ipynb #86356433
+# %% ../nbs/40b_scoring.ipynb #0371d588
 def _stf(model, extra): return extra.get('length'),()
 def _specialist(model, extra):
     needs = model.module.needs; native = needs.pixels!='native' or model.cfg.evidence!='degraded'
@@ -39,7 +39,7 @@ class Detector:
     @property
     def level(self): return 'frame' if self.length==1 else 'clip' # what a score is about
 
-# %% ../nbs/40b_scoring.ipynb #d1300c69
+# %% ../nbs/40b_scoring.ipynb #20deb997
 def load_detector(
     folder, # of a checkpoint, of a stage or of an exported model
     name:str='', # of the weights; '': the newest, or all there is
@@ -56,21 +56,23 @@ def load_detector(
     said = name or card.get('name') or Path(folder).name; code = getattr(model.cfg, 'code', '')
     return Detector(model, said if code in ('',said) else f'{code} {said}', card['model'], n, extras, next(iter(card['files'].values()))['sha256'], extra['selection'], tuple(trained), device, precision)
 
-# %% ../nbs/40b_scoring.ipynb #cb70988e
+# %% ../nbs/40b_scoring.ipynb #508dbc62
 def _ask(d, b):
     "Scores, and which of them are no answer"
     if d.kind=='Specialist': a = d.model(b); return a.score,a.abstains
     return d.model.score(normalise(b, *colours(d.model)).frames),torch.zeros(len(b), dtype=torch.bool)
 
-def _called(self, batch)->tuple: # (B,) float32 and (B,) bool, on the CPU
+@patch
+def __call__(self:Detector,
+    batch, # a `Batch` of bytes
+)->tuple: # (B,) float32 and (B,) bool, on the CPU
     "Scores of a batch of bytes, and where it abstains"
     if batch.frames.shape[1]<self.length: raise EvaluationError(f'{self.name} looks at {self.length} consecutive frames, the clips have {batch.frames.shape[1]}')
     self.model.eval()
     with torch.inference_mode(), precision_context(self.device, self.precision): s,z = _ask(self, batch.to(self.device))
     return s.float().cpu(),z.cpu()
-Detector.__call__ = _called
 
-# %% ../nbs/40b_scoring.ipynb #166b1bf5
+# %% ../nbs/40b_scoring.ipynb #f35b9fb7
 def scores(
     d, # a `Detector`, or anything that is called like one
     batches, # of `Batch`es of bytes: `window_loader`, `pair_loader`, `couple_loader`
@@ -83,7 +85,7 @@ def scores(
     if not rows: raise EvaluationError('the loader gave no batch: too few clips for one?')
     return pd.DataFrame(rows)
 
-# %% ../nbs/40b_scoring.ipynb #eba3a764
+# %% ../nbs/40b_scoring.ipynb #7293c588
 LIGHT = (60,120) # mean grey levels: below, dark; from the second on, bright
 
 def face_heights(
@@ -98,7 +100,7 @@ def light_words(grey)->pd.Categorical:
     words = [f'dark, below {LIGHT[0]}',f'{LIGHT[0]} to {LIGHT[1]-1}',f'bright, {LIGHT[1]} or more']
     g = np.asarray(grey, float); return pd.Categorical.from_codes(np.where(np.isnan(g), -1, np.digitize(g, LIGHT)), words, ordered=True) # unknown stays unknown
 
-# %% ../nbs/40b_scoring.ipynb #d9f17f3e
+# %% ../nbs/40b_scoring.ipynb #dc09aa4f
 def video_table(
     rows:pd.DataFrame, # of `scores`
     videos=None, # `Video`s or rows of a manifest that were to be judged: those without a score are kept, with NaN
@@ -121,7 +123,7 @@ def _with_missing(t, videos):
     t = t.astype(dict(label=int, clips=int, score=float, light=float))
     return t.assign(chunk=[of[k].chunk for k in t.video]) if any(v.chunk for v in of.values()) else t
 
-# %% ../nbs/40b_scoring.ipynb #1ca6a1c4
+# %% ../nbs/40b_scoring.ipynb #1324c965
 def filled(
     t:pd.DataFrame, # a video table
     value:float=.5, # for a video without an answer
@@ -139,7 +141,7 @@ def shared(
     if any((r.label!=res[0].label).any() for r in res): raise EvaluationError('one video has two labels: these tables are not of one set')
     return res
 
-# %% ../nbs/40b_scoring.ipynb #f3916212
+# %% ../nbs/40b_scoring.ipynb #42aa33b3
 KIN = (('Celeb-DF-v1','Celeb-DF-v2','Celeb-DF++'), ('DFDC','DFDC-preview','DFDCP','DFDC-test'), ('FaceForensics++','DeeperForensics-1.0')) # sets that share films or people
 
 def kin(

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np,pandas as pd,pytest
 from common import count,told
 from deepfake_nb.bench import BenchError,Written,image_of,place_of,read_predictions,write_predictions
-from deepfake_nb.compare import FORMAT,LEVELS,PUBLISHED,ResultError,as_text,compare,differences,find_results,load_result,side_by_side,target_named
+from deepfake_nb.compare import FORMAT,LEVELS,PUBLISHED,ResultError,as_text,compare,differences,load_result,side_by_side
 from deepfake_nb.executors import notebook
 from deepfake_nb.metrics import aggregate,auc,video_of
 from deepfake_nb.protocol import Scored,judge_target,write_result,result as of_protocol

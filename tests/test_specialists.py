@@ -1,7 +1,7 @@
 "All 24 pairs of a specialist and a stage, each from the weights of the stage before; what is refused; a walk over chunks that is stopped and goes on; EfficientNet-B4"
-import ast,json,os,shutil,signal
+import ast,signal
 from dataclasses import replace
-import nbformat,numpy as np,pytest,safetensors.torch,timm,torch
+import nbformat,pytest,safetensors.torch,timm,torch
 from common import play
 from deepfake_nb.batches import gather
 from deepfake_nb.checkpoints import load_model,save_checkpoint,save_weights

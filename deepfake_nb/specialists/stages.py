@@ -490,7 +490,7 @@ def published_work(code, stage, store, cfg, seed, evidence, rows, chunk='', spli
     made = {v.key:v.original for v in rows.values() if v.original}
     source = LabelledSource(store, parts.train, needs, cfg, seed, made, chunk=chunk, native=native, balanced=balanced); n = [sum(t.label==l for t in parts.train) for l in (0,1)]
     about = dict(stage=stage.number, data=SETS[stage.number][0], sets=sorted({v.dataset for v in rows.values()}), chunk=chunk, reals=n[0], fakes=n[1], groups=len(who := sorted({t.group for t in parts.train})), people=who,
-                 judged=len({t.video for t in parts.val}), too_short=parts.short, shards=digest(store.shards), evidence=evidence if needs.pixels=='native' else 'crop', made_here='', rule=parts.rule)
+                 judged=len({t.video for t in parts.val}), chosen_on=sorted({t.group for t in parts.val}), too_short=parts.short, shards=digest(store.shards), evidence=evidence if needs.pixels=='native' else 'crop', made_here='', rule=parts.rule)
     return Work(source, val_batches(store, parts.val, needs, cfg, native), labels_of(tracks), True, parts.rule, about, rows, face_heights(store, parts.val))
 
 # %% ../../nbs/51b_stages.ipynb #eeac05d4
@@ -506,7 +506,7 @@ def own_work(code, stage, store, cfg, seed, evidence, split=None)->Work:
     learn = split.train+split.val if fold else split.train
     own = lambda who,s,n: own_source(code, store, who, cfg, s, n, evidence)
     source,val = own([g for g in learn if g in long], seed, None),own([g for g in watched if g in long], seed+10_000, 2*cfg.windows)
-    about = dict(stage=stage.number, data=SETS[stage.number][0], sets=sorted({t.key.split('/')[0] for t in store.tracks}), chunk='', reals=len(learn), fakes=len(learn), groups=len(learn), people=sorted(learn), judged=len(watched), too_short=sum(t.frames<T for t in mine), shards=digest(store.shards),
+    about = dict(stage=stage.number, data=SETS[stage.number][0], sets=sorted({t.key.split('/')[0] for t in store.tracks}), chunk='', reals=len(learn), fakes=len(learn), groups=len(learn), people=sorted(learn), chosen_on=sorted(watched) if split.val and not fold else [], judged=len(watched), too_short=sum(t.frames<T for t in mine), shards=digest(store.shards),
                  evidence=evidence if needs.pixels=='native' else 'crop', made_here='shifted sound' if needs.sound else 'self-blend', rule=split.rule)
     return Work(source, lambda: val.batches(0, 0), {g:[0,1] for g in sorted(long)}, bool(split.val), split.rule, about)
 
