@@ -162,7 +162,7 @@ def test_integrate_from_models_to_a_verdict(room, tmp_path):
     given = dict(preset='tiny', members=str(room/'models'), store=str(room/'store'), split='train,val', test_store=str(room/'store'), people=2, out=str(tmp_path/'out'))
     assert all(p['help'] for p in declared(notebook('integrate')).values())
     rec = run_stage(notebook('integrate'), given, runs=tmp_path/'runs').check(); w = rec.metrics['integrate']; f = load_fusion(tmp_path/'out'/'fusion.json'); card = read_json(tmp_path/'out'/'fusion_card.json')
-    r = load_result(tmp_path/'out'/'result.json'); t, = r['targets']; assert r.name==f"fusion, {w['kind']}" and np.isclose(t['metrics']['video']['auc']['value'], w['auc']) and t['coverage']['expected']==7 and r['detector']['sha256']==w['model_sha256']
+    r = load_result(tmp_path/'out'/'result.json'); t, = r['targets']; assert r.name==f"fusion, {w['kind']}" and np.isclose(t['metrics']['video']['auc']['value'], w['auc']) and t['coverage']['expected']==7 and r['detector']['sha256']==w['model_sha256'] and t['relation']=='in-domain' # it was fitted on that set
     assert w['videos']==7 and 0<=w['auc']<=1 and w['kind'] in KINDS and w['kind']==next(iter(w['out_of_fold'])) and w['model_sha256']==sha256(tmp_path/'out'/'fusion.json')==card['fusion']
     assert set(f.members)=={'AV','BG','CM','STF'} and 'AV' in f.unused and 'AV answered no video' in f.fitted_on and any('60 frames' in n for n in w['notes'])
     for n,m in f.about['members'].items(): assert len(m['sha256'])==64 and (room/'models') in (p := tmp_path/m['folder']).parents and p.is_dir()
