@@ -30,8 +30,12 @@ class Terminal:
         self.master,slave = pty.openpty(); self.size(cols, rows); self.screen,self.all = Screen(cols, rows),''
         clean = {k:v for k,v in os.environ.items() if k not in ('CI','DEEPFAKE_NB_RUN','COLUMNS','LINES')}
         self.p = subprocess.Popen([sys.executable,'-c',code,*map(str, args)], cwd=HERE.parent, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            env=clean|dict(TERM='xterm', PYTHONIOENCODING='utf-8')|env, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+            env=clean|dict(TERM='xterm', PYTHONIOENCODING='utf-8')|env, preexec_fn=self.begin)
         os.close(slave)
+    @staticmethod
+    def begin():
+        "A terminal of its own, in which Ctrl-C is heard, whatever those who started us ignore or block"
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0); signal.signal(signal.SIGINT, signal.SIG_DFL); signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     def size(self, cols, rows): fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack('HHHH', rows, cols, 0, 0))
     def read(self, until, seconds=60):
         "Read on until `until(screen)` holds; each whole frame is looked at"
