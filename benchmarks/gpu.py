@@ -28,7 +28,7 @@ def answers(model, b, device, bf16=False, form=None):
         out = m(b).logits if hasattr(m, 'module') else m(normalise(b, m.mean, m.std).frames)['logits']
     out.float().diff(dim=1).sum().backward()
     p = next(p for p in reversed(list(m.parameters())) if p.requires_grad and p.grad is not None and p.ndim>1)
-    return out.detach().float().cpu(),p.grad.float().cpu()
+    return out.detach().float().cpu().clone(),p.grad.float().cpu().clone() # a gradient moves with its parameter
 
 def parity(device):
     "Largest difference of logits and of a gradient, in units of the largest number: float32 and bf16 against the CPU"

@@ -32,7 +32,7 @@ def load(folder):
     stand_in('mamba_ssm', __path__=[str(folder/'mamba_ssm')]); stand_in('einops', rearrange=rearrange, repeat=refuse)
     if not CUDA: on_cpu()
     from mamba_ssm.utils import determinism
-    if not CUDA: determinism.autotune_configs = lambda configs: [min(configs, key=lambda c: math.prod(c.kwargs.values()))] # smallest blocks: many a chunk, and nothing to time
+    determinism.autotune_configs = lambda configs: [min(configs, key=lambda c: math.prod(c.kwargs.values()))] # smallest blocks: many a chunk, and nothing to time
     from mamba_ssm.ops.triton import ssd_combined,layernorm_gated
     from mamba_ssm.modules.mamba2 import Mamba2
     return ssd_combined.mamba_chunk_scan_combined,layernorm_gated.RMSNorm,Mamba2,determinism.set_deterministic_mode
