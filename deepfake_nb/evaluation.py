@@ -152,12 +152,12 @@ def judge_pairs(
     ds, # a `PairDataset` of people the training never saw
     n:int=24, # pairs, always the first n of epoch 0
     device:str='cpu', precision:str='fp32', workers:int=0, seed:int=0,
-)->dict: # auc, lo, hi, eer, pairs, people: numbers only
+)->dict: # auc, lo, hi, eer; real, fake: shares of each called right at .5; pairs, people: numbers only
     "A short verdict for the curve of a training"
     size = max(k for k in (1,2,3,4) if n%k==0)
     d = score_pairs(model, pair_loader(ds, size, n, epoch=0, workers=workers), device, precision)
     i = auc_interval(d.score, d.label, d.pair, seed=seed)
-    return dict(auc=i.value, **(dict(lo=i.lo, hi=i.hi) if i.method else {}), eer=eer(d.score, d.label), pairs=n, people=int(d.group.nunique()))
+    return dict(auc=i.value, **(dict(lo=i.lo, hi=i.hi) if i.method else {}), eer=eer(d.score, d.label), real=float((d.score<.5)[d.label==0].mean()), fake=float((d.score>=.5)[d.label==1].mean()), pairs=n, people=int(d.group.nunique()))
 
 # %% ../nbs/40_evaluation.ipynb #71d4f629
 def surround(

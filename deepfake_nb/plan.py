@@ -6,7 +6,7 @@
 __all__ = ['B4', 'SHARE', 'READ', 'CUT', 'START', 'CORES', 'SOURCES', 'SET_HERE', 'STF', 'LAST', 'FIVE', 'TEAM', 'SOUND', 'FINAL',
            'DATA', 'APART', 'PLANS', 'DEMO', 'b4_rate', 'cutting', 'learning', 'Source', 'published', 'stage_hours',
            'deal', 'demo_plan', 'paid', 'five_dollar_plan', 'Member', 'specialists_plan', 'mission_plan',
-           'baselines_plan', 'row', 'table', 'ending', 'demo', 'pairs_of', 'dry', 'parser', 'main']
+           'baselines_plan', 'row', 'table', 'ending', 'hand_over', 'demo', 'pairs_of', 'dry', 'parser', 'main']
 
 # %% ../nbs/51d_plan.ipynb #013f9d64
 import argparse,sys
@@ -22,6 +22,7 @@ from .graph import Board,Out,Plan,PlanError,Task,_auc,columns,plan_figure,run,sh
 from .training import STAGES
 from .datasets import ABOUT
 from .presets import BASELINES,caveat,digest,last_words
+from .export import export_model
 from .specialists.team import MODULES
 
 # %% ../nbs/51d_plan.ipynb #b945b895
@@ -271,6 +272,19 @@ def ending(
     warn = f'{old}: done by other code than this, and not done again. `run demo --again NAME` does it, or `demo --no-resume`' if old else ''
     return '\n'.join(filter(None, [text, f"{m['gate_name']}: {m['gate_reason']}", why, warn, caveat(m['all_people'])]))
 
+# %% ../nbs/51d_plan.ipynb #db37b330
+def hand_over(
+    plan:Plan, # `demo_plan`
+    board:Board,
+    given:dict, # parameters of the stages
+)->str: # words; '' if nothing was judged
+    "The model that was judged last becomes a folder that `deepfake-nb detect` finds"
+    states = board.look(); rec = next((Record.load(states[n].record) for n in ('evaluate B','evaluate A') if states[n].state=='done'), None)
+    if rec is None: return ''
+    m = last_words(rec); name = f"{Path(given.get('videos') or 'sample').name}-{given.get('preset') or 'demo'}"
+    out = export_model(f"{m['checkpoints']}#phase_{m['phase']}_best", name=name, results=[Path(m['result']).parent], force=True)
+    return f'The detector, with its card: {out}\nAsk it: deepfake-nb detect VIDEO --model {out} --html verdict.html'
+
 # %% ../nbs/51d_plan.ipynb #3f575fd8
 def demo(
     given:dict, # parameters of the stages
@@ -284,6 +298,7 @@ def demo(
     with LocalExecutor(runs) as ex: code = run(plan, ex, board.folder, say=lines.say if lines else say, lines=lines, again=tuple(plan) if given.get('resume') is False else ())
     if lines: lines.close()
     say(ending(plan, board))
+    if not code: say(hand_over(plan, board, given))
     return code
 
 # %% ../nbs/51d_plan.ipynb #c170edd3

@@ -347,11 +347,12 @@ def write_result(
     folder, # its own
     res:dict, # of `result`
     scored, # the `Scored` of its targets
+    source:Source=None, # what was fixed before: its scores are kept too, thresholds are held against them (chapter 47)
 )->Path: # of result.json
     "The file, and beside it the scores of every clip"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     rows = pd.concat([s.rows.assign(target=s.name) for s in scored], ignore_index=True)
-    atomic_write(folder/'scores.csv', lambda part: rows.to_csv(part, index=False))
+    for name,t in dict(scores=rows, **({'source':source.table} if source else {})).items(): atomic_write(folder/f'{name}.csv', lambda part: t.to_csv(part, index=False))
     return write_json(folder/'result.json', res)
 
 # %% ../nbs/45_protocol.ipynb #7305740b

@@ -1,0 +1,260 @@
+"""The pod's own layers, with runpod/start.sh run for real: set-up, Lab, watchdog and plan are processes of this machine; `runpodctl`, `nvidia-smi` and the image's
+own start are small scripts, and the provider's API is a server on loopback. When the provider hears the stop, everything that belongs to the pod is killed."""
+import json,os,pty,re,signal,socket,stat,subprocess,sys,threading,time,urllib.error,urllib.request
+from pathlib import Path
+import psutil,pytest
+from common import wait_for as _wait
+from fake_runpod import Fake
+
+def wait_for(f, seconds=20): return _wait(f, seconds)
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRETS = dict(RUNPOD_API_KEY='rpa_PLANTED1', HF_TOKEN='hf_PLANTED2', AWS_SECRET_ACCESS_KEY='aws_PLANTED3', DB_PASSWORD='pw_PLANTED4', JUPYTER_PASSWORD='jp_PLANTED5')
+# python: what set-up asks is answered here, what runs on the pod is run by the real one
+PYTHON = rf'''#!/bin/bash
+[ -z "$BROKEN" ] || exit 127
+case "$*" in
+  *'"none"'*) echo 2.14.1 ;;
+  *'u.find_spec(n)'*) echo torch==2.14.1 ;;
+  *'-m venv'*) mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python" ;;
+  *'-m pip'*) [ -z "$HANG" ] || {{ touch "$BOX/hangs"; sleep 60; }} ;;
+  '-m deepfake_nb.guard cache'*|'-c '*) ;;
+  *) exec {sys.executable} "$@" ;;
+esac
+'''
+CTL = r'''#!/bin/bash
+echo "$*" >> "$BOX/asked"; echo "no route for ${RUNPOD_API_KEY:-nobody}" >&2
+[ "$(wc -l < "$BOX/asked")" -gt "${REFUSALS:-0}" ] || exit 1
+[ ! -e "$DEEPFAKE_NB_HOME/shipped/shipped.json" ] || touch "$BOX/shipped first"
+[ -e "$BOX/heard" ] || touch "$BOX/heard"
+'''
+SMI = '#!/bin/bash\ncat "$BOX/gpu"\n'
+BASE = '#!/bin/bash\nenv > "$BOX/base.env"; echo sshd; sleep 1000\n'
+
+class Pod:
+    "A machine that costs by the hour"
+    def __init__(self, box, **env):
+        self.box,self.vol,self.p = box,box/'vol',None
+        for d in ('bin','vol'): (box/d).mkdir(parents=True)
+        for n,text in (('python3',PYTHON),('runpodctl',CTL),('nvidia-smi',SMI),('base',BASE)): (box/'bin'/n).write_text(text); (box/'bin'/n).chmod(0o755)
+        (box/'gpu').write_text('50\n'); (box/'environ').write_bytes(b'')
+        clean = {k:v for k,v in os.environ.items() if not re.search('RUNPOD|DEEPFAKE|JUPYTER|KEY|TOKEN|SECRET|PASSWORD', k)}
+        self.env = clean|dict(PATH=f'{box/"bin"}:{os.environ["PATH"]}', BOX=str(box), RUNPOD_POD_ID='pod001', DEEPFAKE_NB_HOME=str(self.home), DEEPFAKE_NB_DEADLINE_FILE=str(box/'deadline'), DEEPFAKE_NB_DEADLINE_RETRY='.2',
+            DEEPFAKE_NB_DEADLINE_AGAIN='.5', DEEPFAKE_NB_POD_ENVIRON=str(box/'environ'), DEEPFAKE_NB_BASE_START=str(box/'bin'/'base'), DEEPFAKE_NB_RUNPOD_API='http://127.0.0.1:9/v2', DEEPFAKE_NB_LOG=str(box/'log'), TMPDIR=str(box), PUBLIC_KEY='ssh-ed25519 AAAA')|SECRETS|env
+    home = property(lambda self: self.vol/'deepfake_nb')
+    log = property(lambda self: (self.box/'log').read_text())
+    def start(self, *args, seconds=1000, plan='true', before=(), **kw):
+        "start.sh, with a deadline in so many seconds"
+        self.began = time.time()
+        cmd = [*before, 'bash', ROOT/'runpod'/'start.sh', '--off-volume', '--volume', self.vol, '--hours', f'{seconds/3600:.6f}', '--margin', '0', *args, '--', 'bash', '-c', plan]
+        with open(self.box/'log', 'ab') as log: self.p = subprocess.Popen(cmd, env=self.env, start_new_session=True, **(dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)|kw))
+        return self
+    def run(self, *words):
+        "One of guard's commands alone"
+        with open(self.box/'log', 'ab') as log: self.p = subprocess.Popen([sys.executable,'-m','deepfake_nb.guard',*words], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        return self
+    def family(self):
+        "Every process of this pod"
+        def mine(p):
+            try: return p.environ().get('BOX')==str(self.box) and p.status()!=psutil.STATUS_ZOMBIE
+            except psutil.Error: return False
+        return [p for p in psutil.process_iter() if mine(p)]
+    def lines(self):
+        "pid -> command line"
+        res = {}
+        for p in self.family():
+            try: res[p] = p.cmdline()
+            except psutil.Error: pass
+        return res
+    def of(self, *words): return [p for p,l in self.lines().items() if all(any(w in a for a in l) for w in words) and not (l and l[0].endswith('bash') and 'keep_watch' in l)]
+    def heard(self, seconds=20):
+        "Wait until the provider hears the stop: s since the start. Then the machine is gone"
+        wait_for(lambda: (self.box/'heard').exists(), seconds); took = (self.box/'heard').stat().st_mtime-self.began
+        self.kill(); return took
+    def asked(self): return (self.box/'asked').read_text().splitlines()
+    def kill(self):
+        while fam := self.family():
+            for p in fam:
+                try: p.kill()
+                except psutil.NoSuchProcess: pass
+            time.sleep(.02)
+        if self.p: self.p.wait()
+
+@pytest.fixture
+def pod(tmp_path):
+    pods = []
+    def make(**env): pods.append(Pod(tmp_path/f'pod{len(pods)}', **env)); return pods[-1]
+    yield make
+    for p in pods: p.kill()
+    assert not any(p.family() for p in pods)
+
+def port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+
+# ---- layer 1: the deadline
+
+DEAF = 'trap "" TERM; touch $BOX/plan; while :; do sleep .1; done'
+CASES = dict(set_up_hangs=dict(HANG='1'), plan_ignores_sigterm={}, python_is_broken=dict(BROKEN='1'), python_is_broken_no_stay=dict(BROKEN='1'), first_command_is_wrong={})
+
+@pytest.fixture(scope='module')
+def nights(tmp_path_factory):
+    "Several pods at once, each with something broken and a deadline in 3 s (the deaf plan 5 s)"
+    pods = {k:Pod(tmp_path_factory.mktemp(k)/'pod', DEEPFAKE_NB_DEADLINE_AGAIN='60', **v) for k,v in CASES.items()}
+    for k,p in pods.items():
+        p.start('--no-lab', *['--stay']*(k in ('set_up_hangs','python_is_broken')), *['--margin','10']*(k=='plan_ignores_sigterm'), *['--frobnicate']*(k=='first_command_is_wrong'),
+                seconds=5 if k=='plan_ignores_sigterm' else 3, plan=DEAF, before=['unshare','--pid','--fork','--kill-child']*(k=='first_command_is_wrong'))
+    yield pods
+    for p in pods.values(): p.kill()
+
+@pytest.mark.parametrize('case,least,most', [('set_up_hangs',2,5), ('plan_ignores_sigterm',4,7), ('python_is_broken',2,5), ('python_is_broken_no_stay',0,2.5)])
+def test_deadline(nights, case, least, most):
+    "Whatever is broken, the machine is asked to stop; with --stay, by the deadline alone"
+    p = nights[case]; took = p.heard()
+    assert least<=took<most and p.asked()[0]=='pod stop pod001', (took, p.asked(), p.log)
+    assert dict(set_up_hangs=(p.box/'hangs').exists() and 'set-up failed' not in p.log, plan_ignores_sigterm='it has 60 s to end' in p.log and 'killed' not in p.log).get(case, 'set-up failed' in p.log)
+
+def test_a_first_command_that_is_wrong(nights):
+    "As process 1, a container that exits would be started again, for ever"
+    if subprocess.run(['unshare','--pid','--fork','true'], capture_output=True).returncode: pytest.skip('no right to make a process 1 here')
+    p = nights['first_command_is_wrong']; p.heard(); assert "unknown option '--frobnicate'" in p.log and 'so the pod is stopped' in p.log
+
+def test_the_tool_fails_three_times(pod):
+    p = pod(REFUSALS='3', BROKEN='1').start('--no-lab', '--stay', seconds=1)
+    p.heard(); assert p.asked()==['pod stop pod001','stop pod pod001']*2
+    words = (p.box/'deadline.log').read_text(); assert 'no route for [key]' in words and 'PLANTED' not in words
+
+def test_only_rest_works(pod):
+    with Fake(key=SECRETS['RUNPOD_API_KEY']) as fake:
+        id = fake.make({})['id']; faults = iter(['500','down','garbage'])
+        fake.fault = lambda m, path: next(faults, None) if m=='POST' else None
+        for words in (['--stay'], []): # the shell's way, then Python's
+            env = dict(REFUSALS='999', DEEPFAKE_NB_RUNPOD_API=fake.url, RUNPOD_POD_ID=id)
+            p = pod(**env, BROKEN='1').start('--no-lab', *words, seconds=1) if words else pod(**env).run('stop')
+            wait_for(lambda: fake.pods[id]['status']=='EXITED', 20); p.kill()
+            fake.pods[id].update(status='RUNNING', end=None); faults = iter(['500'])
+        assert [c[2] for c in fake.calls]==[f'/v2/pods/{id}/action']*len(fake.calls) and len(fake.calls)>=6
+        assert 'PLANTED' not in p.log and 'REST: HTTP 500' in p.log
+
+def test_nothing_ends_the_deadline_but_sigkill_and_that_not_for_long(pod):
+    p = pod().start('--no-lab', seconds=30, plan='touch $BOX/plan; sleep 60'); wait_for((p.box/'plan').exists)
+    first = p.of('deepfake_nb-deadline'); [q.send_signal(s) for q in first for s in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT)]; time.sleep(.2)
+    assert [q.pid for q in p.of('deepfake_nb-deadline')]==[q.pid for q in first]!=[]
+    end = (p.box/'deadline').read_text().split()[0]; [q.kill() for q in first]
+    wait_for(lambda: p.of('deepfake_nb-deadline')); assert abs(int((p.box/'deadline').read_text().split()[0])-int(end))<=1
+
+# ---- layer 2: the runner's last act
+
+def records(p): return sorted(json.loads((p.home/'shipped'/'shipped.json').read_text())['files'])
+
+def test_plan_fails_and_results_are_shipped_before_the_stop(pod):
+    p = pod().start('--no-lab', plan='mkdir -p runs/r; echo 1 > runs/r/run.json; exit 3'); p.heard()
+    assert (p.box/'shipped first').exists() and records(p)==['pod/ending.json','runs/r/run.json']
+    assert json.loads((p.home/'shipped'/'pod'/'ending.json').read_text())['code']==3 and 'plan: exit 3' in p.log
+
+def test_shipping_fails_and_the_pod_is_stopped_not_terminated(pod):
+    p = pod(); (p.vol/'file').write_text(''); p.start('--no-lab', '--terminate', '--ship', p.vol/'file'/'x', plan='mkdir -p runs/r; echo 1 > runs/r/run.json'); p.heard()
+    assert p.asked()==['pod stop pod001'] and f'The results are still at {p.home}' in p.log and (p.home/'runs'/'r'/'run.json').exists()
+
+def test_terminated_only_when_all_arrived(pod):
+    p = pod().start('--no-lab', '--terminate'); p.heard()
+    assert p.asked()==['pod delete pod001'] and (p.box/'shipped first').exists()
+
+def test_runner_is_killed(pod):
+    p = pod().start('--no-lab', plan='touch $BOX/plan; sleep 100'); wait_for((p.box/'plan').exists); [q.kill() for q in p.of('deepfake_nb.guard','--dest')]
+    p.heard(); assert 'this pod is still there' in p.log
+
+def test_a_lost_terminal_ends_nothing(pod):
+    p = pod(); a,b = pty.openpty(); p.start('--no-lab', plan='touch $BOX/plan; sleep 1.5; mkdir -p runs/r; echo 1 > runs/r/run.json', stdin=b, stdout=b, stderr=b); os.close(b)
+    wait_for((p.box/'plan').exists); os.close(a); os.killpg(p.p.pid, signal.SIGHUP); p.heard()
+    assert 'runs/r/run.json' in records(p)
+
+def test_a_signal_is_one_to_the_plan(pod):
+    "The container is asked to end: the plan may write its checkpoint, and what it wrote is shipped; during set-up the pod just ends"
+    p,q = pod(),pod(HANG='1'); q.start('--no-lab'); p.start('--no-lab', plan='mkdir -p runs/r; trap "echo saved > runs/r/run.json; exit 0" TERM; touch $BOX/plan; while :; do sleep .1; done')
+    wait_for((p.box/'plan').exists); p.p.terminate(); p.heard(); assert (p.home/'shipped'/'runs'/'r'/'run.json').read_text()=='saved\n' and 'plan: SIGTERM' in p.log
+    wait_for((q.box/'hangs').exists); q.p.terminate(); wait_for((q.box/'heard').exists); wait_for(lambda: not q.of('setup_pod.sh')); assert 'a signal during set-up' in q.log
+
+# ---- layer 3: the watchdog
+
+IDLE = ('watch','--minutes','.02','--every','.1') # 1.2 s
+
+def test_an_idle_pod_is_stopped(pod):
+    p = pod(); (p.box/'gpu').write_text('0\n'); p.start('--no-lab', '--no-plan', '--idle-minutes', '.02')
+    p.heard(); assert 'watch: no work for 0.02 min; the last was: it began' in p.log
+
+def test_each_sign_alone_keeps_it(pod):
+    "Three pods, each with one sign of work; when it ends, the pod does"
+    signs = dict(gpu=None, lease='checkpoints/m/lease', heartbeat='runs/r/status.json'); pods = {k:pod() for k in signs}; files = {k:pods[k].home/f for k,f in signs.items() if f}
+    for f in files.values(): f.parent.mkdir(parents=True); f.touch()
+    for k,p in pods.items(): (p.box/'gpu').write_text(dict(gpu='90\n', lease='0\n', heartbeat='[Not Supported]\n')[k]); p.run(*IDLE)
+    end = time.monotonic()+3
+    while time.monotonic()<end:
+        for f in files.values(): os.utime(f, ns=(n := time.monotonic_ns(), n)) # a clock that is decades behind
+        time.sleep(.1); assert not any((p.box/'asked').exists() for p in pods.values())
+    (pods['gpu'].box/'gpu').write_text('2\n')
+    for k,p in pods.items(): p.began = time.time(); p.heard(); assert ('GPU: unknown' in p.log)==(k=='heartbeat')
+
+def test_a_watchdog_that_dies_comes_back(pod):
+    p = pod().start('--no-lab', '--no-plan'); one = wait_for(lambda: p.of('deepfake_nb.guard','--token-file'))
+    one[0].kill(); wait_for(lambda: [q for q in p.of('deepfake_nb.guard','--token-file') if q.pid!=one[0].pid]); assert 'it is started again' in p.log
+
+# ---- Lab, and secrets
+
+def ask(url, token=None, data=None):
+    try: return 200,json.load(urllib.request.urlopen(urllib.request.Request(url, data, headers={'Authorization':f'token {token}'} if token else {}), timeout=5))
+    except urllib.error.HTTPError as e: return e.code,None
+    except OSError: return 0,None
+
+def told_everywhere(p):
+    "All that was written under the box, file by file"
+    return {f:f.read_bytes() for f in p.box.rglob('*') if f.is_file() and not f.is_symlink()}
+
+def test_lab_and_secrets(pod):
+    "Lab, really started: on loopback, with its token, a busy kernel keeps the pod. And what was planted in the environment is nowhere"
+    n = port(); p = pod(REFUSALS='1'); (p.box/'gpu').write_text('0\n')
+    p.start('--port', str(n), '--idle-minutes', '.04', '--grace', '1', plan='mkdir -p runs/r; touch runs/r/run.json; env > runs/r/env; env; sleep 100') # never a sign of life again
+    token = wait_for(lambda: (p.home/'pod'/'token').exists() and (p.home/'pod'/'token').read_text()); url = f'http://127.0.0.1:{n}'
+    assert stat.S_IMODE((p.home/'pod'/'token').stat().st_mode)==0o600 and len(token)==64
+    busy = threading.Event()
+    def alive(): # signs of life until the kernel is busy
+        while not busy.wait(.1):
+            if (f := p.home/'runs'/'r'/'run.json').exists(): os.utime(f)
+    threading.Thread(target=alive, daemon=True).start()
+    wait_for(lambda: ask(f'{url}/api/kernels', token)[0]==200)
+    assert {c.laddr.ip for q in p.of('jupyterlab') for c in q.net_connections() if c.status=='LISTEN'}=={'127.0.0.1'} and [ask(f'{url}/api/kernels', t)[0] for t in (None,'wrong')]==[403,403]
+    code,k = ask(f'{url}/api/kernels', token, b'{}'); assert code in (200,201)
+    from jupyter_client import BlockingKernelClient
+    c = BlockingKernelClient(connection_file=str(wait_for(lambda: next(p.box.rglob(f'kernel-{k["id"]}.json'), None)))); c.load_connection_file(); c.start_channels()
+    c.execute('import os,time; open(os.environ["BOX"]+"/kernel.env","w").write(str(dict(os.environ))); time.sleep(5)'); wait_for(lambda: ask(f'{url}/api/kernels', token)[1][0]['execution_state']=='busy'); busy.set()
+    lines = []; end = time.monotonic()+4
+    while time.monotonic()<end: lines += map(str, p.lines().values()); time.sleep(.2); assert not (p.box/'asked').exists() # busy, and that is the only sign
+    c.stop_channels(); p.heard()
+    assert 'the last was: 1 busy kernels' in p.log and f'ssh -N -L {n}:127.0.0.1:{n}' in p.log and len(p.asked())==2
+    written = told_everywhere(p); assert {'base.env','kernel.env'}<={f.name for f in written} and p.home/'runs'/'r'/'env' in written
+    for name,text in [(f,t) for f,t in written.items()]+[('command lines',' '.join(lines).encode())]:
+        assert b'PLANTED' not in text, name
+        if 'deepfake_nb.lab' not in str(name) and name!=p.home/'pod'/'token': assert token.encode() not in text, name
+    assert b'PUBLIC_KEY=ssh' in written[p.box/'base.env'] and b'no route for [RUNPOD_API_KEY]' in written[p.box/'log']
+
+def test_shell_and_python_agree_on_what_is_secret():
+    from deepfake_nb.guard import secret_names
+    names = 'API_KEY apikey HF_TOKEN token_x MY_SECRET_1 PASSWORD db_password PUBLIC_KEY HOME MONKEY KEEP PASSPORT'.split(); env = dict.fromkeys(names, 'x')|dict(PATH=os.environ['PATH'])
+    said = subprocess.run(['bash','-c',f'. {ROOT}/runpod/lib.sh; hidden'], env=env, capture_output=True, text=True, check=True).stdout.split('\n')
+    assert sorted(s for s in said if s and s!='-u')==secret_names(env)==sorted(set(names)-{'PUBLIC_KEY','HOME','KEEP','PASSPORT'})
+
+def test_lab_is_not_opened_without_the_words(pod):
+    run = lambda *a: subprocess.run(['bash',ROOT/'runpod'/'lab.sh','--dry-run',*a], env=pod().env, capture_output=True, text=True)
+    for a in (['--lab-proxy'], ['--lab-proxy','yes']): r = run(*a); assert r.returncode==1 and 'can be reached by everybody' in r.stderr and 'jupyterlab' not in r.stdout
+    assert '--ServerApp.ip=0.0.0.0' in run('--lab-proxy', 'yes, open to the internet').stdout and '--ServerApp.ip=127.0.0.1' in run().stdout
+
+# ---- set-up and the dry run
+
+def test_set_up_that_takes_too_long_names_its_step(pod):
+    p = pod(HANG='1').start('--no-lab', '--minutes', '.03', seconds=1000); p.heard()
+    assert "the step 'install the rest' was not done after .03 minutes" in p.log and 's  python and torch' in p.log and not p.of('pip')
+
+def test_dry_run_prints_all_and_touches_nothing(pod):
+    p = pod(); before = sorted(p.box.rglob('*')); r = subprocess.run(['bash',ROOT/'runpod'/'start.sh','--dry-run','--off-volume','--volume',p.vol], env=p.env, capture_output=True, text=True)
+    assert r.returncode==0 and sorted(p.box.rglob('*'))==before and not p.family(), r.stderr
+    plan = [l for l in r.stdout.splitlines() if l.startswith('+')]; at = [next(i for i,l in enumerate(plan) if w in l) for w in ('deepfake_nb-deadline','bin/base','setup_pod.sh','jupyterlab --no-browser','guard watch','guard run')]
+    assert at==sorted(at) and at[0]==0 and 'deepfake_nb.plan run five_dollars' in plan[-1] and '--limit 45480' in plan[-1] and 'guard cache' in r.stdout and f'--weights {p.vol}/convnextv2_base.safetensors' in r.stdout and 'PLANTED' not in r.stdout
