@@ -102,23 +102,26 @@ def _share(rate, said):
 def at(self:Calibration,
     false_alarms:float=.05, # of reals, at most, called fake
     misses:float=.05, # of fakes, at most, called real
+    people:bool=True, # must there be people enough for a promise to strangers? False: a rehearsal on those few
 )->Point:
-    "Thresholds that keep both promises, as far as the counts can carry them"
+    "Thresholds that keep both promises, as far as the counts, of rows and of people, can carry them"
     for w,r in (('false alarms',false_alarms),('misses',misses)):
         if isinstance(r, bool) or not isinstance(r, (int,float)) or not 0<r<1: raise ExportError(w, f'the rate {r!r} is not between 0 and 1', 'Say .05 for five in a hundred')
     real,fake = (self.table.score[self.table.label==y].to_numpy() for y in (0,1))
-    f,r = _cut(real, false_alarms),_cut(-fake, misses); r = None if r is None else -r
+    few = {k:people and self.counts[f'{k}_people']<needed(q) for k,q in (('real',false_alarms),('fake',misses))}
+    f,r = None if few['real'] else _cut(real, false_alarms),None if few['fake'] else _cut(-fake, misses); r = None if r is None else -r
     met = f is not None and r is not None and r>=f
     if met: f = (f+r)/2; r = float(np.nextafter(f, -2))
     a,m = (dict(_share(q, None if at is None else said(at)), n=len(s)) for q,at,s,said in ((false_alarms,f,real,lambda t: real>=t),(misses,r,fake,lambda t: fake<=t)))
-    return Point(f, r, a, m, _point_words(self, false_alarms, misses, f, r, met))
+    return Point(f, r, a, m, _point_words(self, false_alarms, misses, f, r, met, people))
 
 # %% ../nbs/47_export.ipynb #163644f4
-def _point_words(c, false_alarms, misses, f, r, met):
+def _point_words(c, false_alarms, misses, f, r, met, people):
     "What must be said with two thresholds"
     n,of = c.counts,dict(real=('false alarms',false_alarms,f,'fake'), fake=('misses',misses,r,'real')); say = []
     for k,(what,rate,at,word) in of.items():
-        if at is None: say.append(f'{n[k]} {k} {c.unit}s can promise {1/(n[k]+1):.1%} of {what} at best, {rate:.3g} needs {needed(rate)}: nothing is called {word}')
+        who = people and n[f'{k}_people']<needed(rate); m,unit = (n[f'{k}_people'],'people') if who else (n[k],f'{c.unit}s')
+        if at is None: say.append(f"{n[k]} {k} {c.unit}s of {m} {'person' if m==1 else 'people'} can promise strangers {1/(m+1):.0%} of {what} at best, {rate:.3g} needs {needed(rate)} people: nothing is called {word}" if who else f'{m} {k} {unit} can promise {1/(m+1):.1%} of {what} at best, {rate:.3g} needs {needed(rate)}: nothing is called {word}')
     if n['people']<min(n['real'], n['fake']): say.append(f"all of them are of {n['people']} {'person' if n['people']==1 else 'people'}: on others the rates may differ")
     if met: say.append('reals and fakes lie so far apart that one cut keeps both promises')
     if c.rehearsal: say.append('a rehearsal: its fakes are made here')

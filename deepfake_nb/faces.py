@@ -274,6 +274,7 @@ class FaceTrack:
     margin:float # side of the crop / side of the face
     native:np.ndarray=None # `(T,h,w,3)` uint8, the frame's own pixels
     native_offset:np.ndarray=None # `(T,2)` int, x y of the patch in the frame, multiples of 8
+    number:int=0 # which face of its video: the pieces of one long track share it
     def __len__(self): return len(self.crops)
     def __repr__(self): return f'FaceTrack({self.source!r}, frames {self.start}..{self.start+len(self)-1}, {self.crops.shape[1]} px)'
 
@@ -281,7 +282,7 @@ class FaceTrack:
 @dataclass
 class _Cutter:
     "The crops of one live track"
-    source:str; size:int; margin:float; smooth:float; min_length:int; max_length:int; native:bool
+    source:str; size:int; margin:float; smooth:float; min_length:int; max_length:int; native:bool; number:int=0
     def __post_init__(self): self.window,self.rows,self.side = Smoother(self.smooth),[],None
 
     def add(self, frame, marks, presence):
@@ -306,7 +307,7 @@ def _hand_over(self:_Cutter):
     if len(rows)<self.min_length: return
     kinds = (np.uint8,*[np.float32]*3,np.float64,np.float32,np.uint8,int)
     cols = [np.stack(c).astype(k) for c,k in zip(zip(*[r for _,r in rows]), kinds)]
-    yield FaceTrack(*cols[:6], rows[0][0], self.source, self.margin, *cols[6:])
+    yield FaceTrack(*cols[:6], rows[0][0], self.source, self.margin, *cols[6:], number=self.number)
 
 @patch
 def _native(self:_Cutter, image, M):
@@ -338,5 +339,5 @@ def face_tracks(
     for frame in video:
         found = tracker(frame)
         for k in sorted(cutters.keys()-found.keys()): yield from cutters.pop(k).close()
-        for k,seen in found.items(): yield from cutters.setdefault(k, _Cutter(*rules)).add(frame, *seen)
+        for k,seen in found.items(): yield from cutters.setdefault(k, _Cutter(*rules, k)).add(frame, *seen)
     for cutter in cutters.values(): yield from cutter.close()

@@ -284,8 +284,9 @@ class Look(w.VBox):
         exported, # an `Exported`, or folders of exported models to choose from
         every:float=1., # s from one moment to the next
         false_alarms:float=.05, misses:float=.05, # asked of the calibration
+        rehearse:bool=False, # as in `detect`: answer though the calibration has too few people
     ):
-        self.every,self.rates,self.verdict,self.moments,self.folders = every,dict(false_alarms=false_alarms, misses=misses),None,{},exported if isinstance(exported, (list,tuple)) else [exported]
+        self.every,self.rates,self.verdict,self.moments,self.folders = every,dict(false_alarms=false_alarms, misses=misses, rehearse=rehearse),None,{},exported if isinstance(exported, (list,tuple)) else [exported]
         self.exported,self._halt,self._thread,self._asked,self._one,self._last = None,threading.Event(),None,0,threading.Lock(),0.
         wide = w.Layout(width='auto', flex='1 1 14em', max_width='calc(100% - 4px)')
         self.model = w.Dropdown(options=[(getattr(x, 'name', None) or Path(x).name, i) for i,x in enumerate(self.folders)], description='Detector', layout=wide)

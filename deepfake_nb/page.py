@@ -210,8 +210,9 @@ def in_short(
     cal,a = r['calibration'],r['answer']
     if cal is None: return 'Without a calibration no score means fake or real, so nothing else can be said.'
     made = ' These fakes were made for the purpose; of other makers’ fakes it may miss far more.' if cal['rehearsal'] else ''
-    f,m = cal['false_alarms'],cal['misses']
-    if a=='fake' and cal['fake_at'] is not None: return f"Of the real recordings that the threshold was set on, {_share(f)}, were called fake as well. That is how often an honest film gets this answer."
+    f,m,few = cal['false_alarms'],cal['misses'],cal.get('rehearsed'); only = f"A rehearsal, not to be acted on: all of it is of {few} {'person' if few==1 else 'people'}, and promises nothing about anybody else."
+    if a=='fake' and cal['fake_at'] is not None: return f"Of the real recordings that the threshold was set on, {_share(f)}, were called fake as well. {only if few else 'That is how often an honest film gets this answer.'}"
+    if a=='real' and cal['real_at'] is not None and few: return f"Of the fakes that the threshold was set on, {_share(m)}, were called real as well. {only}"
     if a=='real' and cal['real_at'] is not None: return f"Of the fakes that the threshold was set on, {_share(m)}, were called real as well. It does not prove that the film is genuine."+made
     return 'This is no hidden “fake” and no hidden “real”: with either word more of the answers would be wrong than was asked for.'
 

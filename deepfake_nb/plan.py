@@ -283,7 +283,7 @@ def hand_over(
     if rec is None: return ''
     m = last_words(rec); name = f"{Path(given.get('videos') or 'sample').name}-{given.get('preset') or 'demo'}"
     out = export_model(f"{m['checkpoints']}#phase_{m['phase']}_best", name=name, results=[Path(m['result']).parent], force=True)
-    return f'The detector, with its card: {out}\nAsk it: deepfake-nb detect VIDEO --model {out} --html verdict.html'
+    return f'The detector, with its card: {out}\nAsk it: deepfake-nb detect VIDEO --model {out} --html verdict.html\nThresholds of a few people promise nothing about others, so it says can\'t tell to all; --rehearse shows what it would say'
 
 # %% ../nbs/51d_plan.ipynb #3f575fd8
 def demo(

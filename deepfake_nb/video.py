@@ -74,6 +74,10 @@ def _container(source, name, caps):
     finally:
         if f is not source: f.close()
 
+# %% ../nbs/03_video.ipynb #8b5d9a2b
+def _unlisted(cls, value): o = object.__new__(cls); o._name_,o._value_ = f'UNLISTED_{value}',value; return o
+av.sidedata.sidedata.Type._missing_ = classmethod(_unlisted) # kinds of side data that FFmpeg knows and PyAV's list does not, such as EXIF
+
 # %% ../nbs/03_video.ipynb #408e636c
 def _turned(
     image:np.ndarray, # (H,W,3)
@@ -84,9 +88,9 @@ def _turned(
     if abs(b)>abs(a): image,a,d = image.transpose(1,0,2),c,b
     return np.ascontiguousarray(image[::-1 if d<0 else 1, ::-1 if a<0 else 1])
 
-def _upright(frame):
-    "A decoded frame as RGB, turned as its file asks"
-    image = frame.to_ndarray(format='rgb24')
+def _upright(frame, rgb):
+    "A decoded frame as RGB, turned as its file asks; `rgb` converts all frames of a file, on one thread: left alone, each frame makes threads of its own"
+    image = rgb.reformat(frame, format='rgb24', threads=1).to_ndarray()
     m = next((s for s in frame.side_data if s.type.name=='DISPLAYMATRIX'), None)
     return image if m is None else _turned(image, np.frombuffer(bytes(m), np.int32)[[0,1,3,4]])
 
@@ -148,12 +152,13 @@ class VideoFile:
         name:str=None, # for messages; default the path
         caps:Caps=Caps(), # what we are willing to open
         wanted=None, # number of a frame -> whether its picture is needed; the others are decoded, not converted and not given
+        watch=None, # called with each whole frame as FFmpeg gives it; the decoder then tells its quantisers too, if it can
     ):
-        self.source,self.caps,self.name,self.width,self.height,self.wanted = source,caps,_called(source, name),None,None,None
+        self.source,self.caps,self.name,self.width,self.height,self.wanted,self.watch = source,caps,_called(source, name),None,None,None,watch
         for f in self: break
         self.height,self.width = f.image.shape[:2]
         self.wanted = wanted; self._forget()
-    def _forget(self): self.lost,self.reasons = 0,Counter()
+    def _forget(self): self.lost,self.reasons,self.packed = 0,Counter(),0 # `packed`: bytes of video so far
     def _lose(self, why, n=1): self.reasons[why] += n; self.lost += n; return n
     def __repr__(self): return f'{Path(self.name).name}: {self.width} x {self.height}, {self.rate:.2f} frames/s, {self.seconds:.2f} s, {self.codec}, sound {"yes" if self.has_sound else "no"}'
 
@@ -165,12 +170,12 @@ def _describe(self:VideoFile, c):
     if s is None: raise VideoError(self.name, 'it holds no video stream')
     if s.codec_context is None: raise VideoError(self.name, 'its video codec is unknown', 'convert it to H.264')
     self._check(s.codec_context.width, s.codec_context.height)
-    self.codec,self.has_sound = s.codec_context.name,bool(c.streams.audio)
+    self.format,self.codec,self.has_sound = c.format.name,s.codec_context.name,bool(c.streams.audio)
     guess = s.guessed_rate or Fraction(25)
     self.rate = float(s.average_rate if s.average_rate and s.average_rate<1.05*guess else guess)
     self.seconds = (c.duration or 0)/av.time_base; self.announced = s.frames or round(self.seconds*self.rate)
     if self.seconds>self.caps.seconds: raise VideoError(self.name, f'{self.seconds:.0f} seconds, the cap is {self.caps.seconds:.0f}', 'cut it, or raise Caps.seconds')
-    s.codec_context.thread_count,s.codec_context.options = 1,dict(err_detect='explode')
+    s.codec_context.thread_count,s.codec_context.options = 1,dict(err_detect='explode')|(dict(export_side_data='venc_params') if self.watch else {})
     return s
 
 @patch
@@ -196,7 +201,7 @@ def _decoded(self:VideoFile, c, s):
     "Each decoded frame in the order of showing, how many were swallowed before it, and why it is lost ('' if it is not)"
     book,held,unplaced = _Ledger(),[],0
     for p in _packets(c, s, self._lose):
-        if p: book.sent(p)
+        if p: book.sent(p); self.packed += p.size
         try: frames = s.decode(p)
         except _BROKEN: frames,unplaced = [],unplaced+(p is not None and p.pts is None); p and book.error(p)
         for f in frames:
@@ -209,7 +214,7 @@ def _decoded(self:VideoFile, c, s):
 @patch
 def __iter__(self:VideoFile):
     "Each whole frame with its number and time"
-    self._forget(); index,kept,due,last = 0,0,None,-np.inf
+    self._forget(); index,kept,due,last,rgb = 0,0,None,-np.inf,VideoReformatter()
     with _container(self.source, self.name, self.caps) as c:
         s = self._describe(c); zero,usual = (c.start_time or 0)/av.time_base,1/self.rate
         steady,seen = s.average_rate==s.base_rate and 'mp4' in c.format.name,0
@@ -224,8 +229,9 @@ def __iter__(self:VideoFile):
             due = max(due or 0, time+max(usual, 0 if steady else float((f.duration or 0)*s.time_base)))
             if time<=last: why = 'out of order'
             last = max(last, time)
+            if not why and self.watch: self.watch(f)
             if not why and self.wanted and not self.wanted(index): kept,seen,index = kept+1,self.lost,index+1; continue
-            image = None if why else _upright(f)
+            image = None if why else _upright(f, rgb)
             if not why and self.width and image.shape[:2]!=(self.height, self.width): why = 'another size'
             if why: self._lose(why)
             else: kept,seen = kept+1,self.lost; yield Frame(index, time, image)

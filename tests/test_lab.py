@@ -69,6 +69,11 @@ def opened(g):
         return t if len(at)>2 and float(at[1])-.06<=t<=float(at[2])+.06 else None
     t = wait_for(there); settled(g); return t,picture(g)
 
+def now(g): return board(g).locator('[role=slider][tabindex="0"]').get_attribute('aria-valuenow')
+def step(g, key):
+    "A key, and the other moment that it leads to"
+    old = now(g); g.keyboard.press(key); wait_for(lambda: now(g)!=old); return opened(g)
+
 def judge(g, path, has):
     "By its path, from the text field to the last word"
     box = board(g).get_by_label('Film'); box.fill(str(path)); box.press('Tab'); press(g, 'Run'); return words(g, has)
@@ -97,7 +102,7 @@ def test_click_and_keys(page, judged, lab):
     face = faces(page).first; b = face.bounding_box(); at = []
     for x in (.3,.7): face.click(position=dict(x=b['width']*x, y=60)); at.append(opened(page))
     assert at[0][0]<at[1][0] and at[0][1]!=at[1][1] # another moment, another face
-    for k in ('ArrowLeft','ArrowRight','Home','End'): page.keyboard.press(k); at.append(opened(page))
+    for k in ('ArrowLeft','ArrowRight','Home','End'): at.append(step(page, k))
     t = [x for x,_ in at]; assert t[2]<t[1]==t[3] and t[4]==float(face.get_attribute('aria-valuemin')) and t[5]==float(face.get_attribute('aria-valuemax'))
     assert face.evaluate('x => x===document.activeElement && getComputedStyle(x).outlineStyle')=='solid' # still there, and to be seen
     shot(page, lab, 'keys')
@@ -110,8 +115,8 @@ def test_keys_alone(page, judged):
             page.keyboard.press('Tab'); seen.append(page.evaluate('() => document.activeElement.getAttribute("aria-label") || document.activeElement.innerText || document.activeElement.type'))
             if to in seen[-1]: return
         raise AssertionError(f'no {to!r} in {seen}')
-    tab('Run'); page.keyboard.press('Enter'); page.get_by_text('looking for the reasons').wait_for(timeout=60_000); settled(page)
-    tab('scores over time'); old = opened(page); page.keyboard.press('ArrowRight'); new = opened(page)
+    stop = board(page).get_by_role('button', name='Stop'); tab('Run'); page.keyboard.press('Enter'); wait_for(stop.is_enabled); wait_for(lambda: not stop.is_enabled()); settled(page)
+    tab('scores over time'); old = opened(page); new = step(page, 'ArrowRight')
     assert old[0]<new[0] and old[1]!=new[1]
 
 def test_from_face_to_face(page):
