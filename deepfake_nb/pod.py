@@ -286,7 +286,7 @@ def start_command(
     switch = Path(deepfake_nb.__file__).resolve().parents[1]/'runpod'/'deadline.sh'
     if not switch.exists(): raise PodError('runpod/deadline.sh', 'is not there', 'launch from a checkout (pip install -e .)')
     u = urlsplit(repo)
-    if u.scheme!='https' or u.username or '@' in u.netloc or u.query: raise PodError('--repo', 'not a plain https address (a name or a token in it would be seen by all)', 'https://HOST/OWNER/NAME; for a private one use a secret and your own image')
+    if u.scheme!='https' or u.username or '@' in u.netloc or u.query: raise PodError('--repo', 'no plain https address that a pod could fetch from (a name or a token in it would be seen by all)', 'say --repo https://HOST/OWNER/NAME, or give this checkout such a remote `origin`; for a private one use a secret and your own image')
     if not re.fullmatch('[0-9a-f]{40}', commit): raise PodError('--commit', f'{commit!r} is no commit', 'all 40 digits, of a commit that was pushed')
     s,text = round(hours*3600),'\n'.join(l for l in switch.read_text().splitlines() if not l.startswith('#'))
     fetch = f'git init -q /root/deepfake_nb && cd /root/deepfake_nb && git fetch -q --depth 1 {shlex.quote(repo)} {commit} && git checkout -q FETCH_HEAD'

@@ -186,3 +186,22 @@ def test_prompt():
     for words in (['--help'],['missing.mp4']):
         code = f'import sys\nfrom deepfake_nb.detect import detect_main\ntry: c = detect_main({words!r})\nexcept SystemExit as e: c = e.code\nassert c in (0,1) and not {{"torch","pandas","matplotlib"}}&set(sys.modules)'
         assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).returncode==0
+
+def test_a_team(tmp_path):
+    "Members that look at native pixels, at the face's mask, at sound; who hears nothing is silent, and the fusion goes on"
+    from deepfake_nb.checkpoints import save_weights
+    from deepfake_nb.export import export_team,load_exported
+    from deepfake_nb.fusion import Fusion
+    from deepfake_nb.specialists.base import SpecialistConfig
+    from deepfake_nb.specialists.team import build_specialist
+    torch.manual_seed(0); members = {}
+    for c in ('BG','AV','CM'):
+        m = build_specialist(SpecialistConfig(c, 'tf_efficientnet_lite0'), 'pack'); save_weights(tmp_path/c, 'stage_4', m, extra=dict(selection='untrained', trained_on=[]))
+        card = json.loads((tmp_path/c/'stage_4.json').read_text()); members[c] = dict(folder=str(tmp_path/c), weights='stage_4', sha256=next(iter(card['files'].values()))['sha256'])
+    Fusion('mean', dict.fromkeys(members, 1/3), about=dict(members=members)).save(tmp_path/'fusion.json')
+    r = np.random.default_rng(0); t = pd.DataFrame(dict(label=[0,1]*40, group=[str(i//2) for i in range(80)], score=r.uniform(0, 1, 80)))
+    team = load_exported(export_team(tmp_path/'fusion.json', out=tmp_path/'team', calibration=Calibration(t, 'drawn')))
+    assert set(team.extras)=={'native','mask','sound'} and team.length==60
+    v = detect(sample('man'), team, every=1.); k = v.report['tracks'][0]
+    assert k['members']['AV'] is None and 0<k['members']['BG']<1 and 0<k['members']['CM']<1 and v.report['skipped']['AV abstained']==len(v.moments)
+    assert abs(k['score']-float(team.fusion(pd.DataFrame([dict(video='x', label=0, group='x')|k['members']])).iloc[0]))<1e-5

@@ -42,7 +42,7 @@ def parts(nbs):
 def toc(nbs, modules, kept):
     "The table of contents, as sphinx-external-toc reads it"
     pages = lambda names: [dict(file=n) for n in names]
-    tail = [('reference', [dict(file='api/index', sections=pages(f'api/{m}' for m in modules)), dict(file='contributing')]), ('appendix: runs that were kept', [dict(file='records/index', sections=pages(kept))])]
+    tail = [('reference', [dict(file='api/index', sections=pages(f'api/{m}' for m in modules)), dict(file='contributing'), dict(file='pod')]), ('appendix: runs that were kept', [dict(file='records/index', sections=pages(kept))])]
     all_parts = [*((k, pages(v)) for k,v in parts(nbs).items()), *tail]
     return dict(format='jb-book', root='index', parts=[dict(caption=k[0].upper()+k[1:], chapters=c) for k,c in all_parts])
 
@@ -59,7 +59,7 @@ def refer(text, name, known, broken):
     keep = re.split(r'(```.*?```|`[^`\n]+`|\$\$.*?\$\$|\$[^$\n]+\$|\[[^\]\n]*\]\([^)\n]*\)|^#+ [^\n]*$)', text, flags=re.S|re.M)
     keep[::2] = [re.sub(one, chapters, s) for s in keep[::2]]
     text = re.sub(r'\]\(nbs/([\w/]+\.ipynb)', rf']({up}\1', ''.join(keep))
-    return re.sub(r'\]\((CONTRIBUTING|records/README)\.md', lambda m: f"]({up}{dict(CONTRIBUTING='contributing').get(m[1], 'records/kept')}.md", text)
+    return re.sub(r'\]\((CONTRIBUTING|records/README|runpod/README)\.md', lambda m: f"]({up}{dict(CONTRIBUTING='contributing', **{'runpod/README':'pod'}).get(m[1], 'records/kept')}.md", text)
 
 def torn(text, name):
     "Rows of tables that have more or fewer cells than their head: a bar in code is a bar of the table, unless a backslash stands before it"
@@ -283,10 +283,11 @@ def sources(src, nbs=ROOT/'nbs', lib=ROOT/LIB):
         doc,entries = reference(lib/(m.replace('.', '/')+'.py'), where); chapter = f'{name}-{slug(title)}'
         write(src/f'api/{m}.md', api_page(m, chapter, title, doc, entries)); rows.append(f'| [`{m}`](#api-{slug(m)}) | {prose(doc)} | [{label(name)}](#{chapter}) | {len(entries)} |')
     write(src/'api/index.md', (ROOT/'book/api.md').read_text().replace('MODULES', '\n'.join(['| module | | chapter | names |', '|---|---|---|---|', *rows])))
-    write(src/'contributing.md', refer((ROOT/'CONTRIBUTING.md').read_text(), 'contributing', known, broken)); kept = records(src, known, broken)
+    for name,file in (('contributing','CONTRIBUTING.md'),('pod','runpod/README.md')): write(src/f'{name}.md', refer((ROOT/file).read_text(), name, known, broken))
+    kept = records(src, known, broken)
     if broken: raise BookError('\n'.join(broken))
     write(src/'_toc.yml', json.dumps(toc(nbs, modules, kept), indent=1))
-    shutil.copytree(ROOT/'book/_static', src/'_static')
+    shutil.copytree(ROOT/'book/_static', src/'_static'); shutil.copytree(ROOT/'images', src/'images')
 
 def mathjax(to):
     "The formulas are set by MathJax, from files of the book itself: its pages load nothing from elsewhere"
