@@ -507,7 +507,7 @@ def _rate(d, word, what, people):
 def _meaning(r, cal, file, k, rehearse=False):
     "What the numbers mean, in plain sentences"
     n = sum(t['clips'] for t in r['tracks']); out = []
-    if r['score'] is not None: out.append(f"The score {r['score']:.3f} is {'the fusion of the means' if r['detector']['fusion'] else 'the mean'} over {n} clips of {k} {'face' if k==1 else 'faces'}: how much they look like the forgeries of the training, from 0 to 1. "
+    if r['score'] is not None: out.append(f"The score {r['score']:.3f} is {'the fusion of the means' if r['detector']['fusion'] else 'the mean'} over {n} {'clip' if n==1 else 'clips'} of {k} {'face' if k==1 else 'faces'}: how much they look like the forgeries of the training, from 0 to 1. "
         +("It is no probability." if r['probability'] is None else f"A temperature of {cal.temperature:.3g} makes {_percent(r['probability'])} of it: a probability where fakes are as frequent as in the calibration, and nowhere else."))
     if cal is None: out.append('There is no calibration: no answer but can\'t tell is given, whatever the score.')
     else:
