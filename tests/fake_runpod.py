@@ -144,7 +144,7 @@ class Handler(BaseHTTPRequestHandler):
 
 # --- the world
 HELLO = 'exec 3<>/dev/tcp/127.0.0.1/$SIM_PORT || exit 1\n'
-SLEEP = '#!/bin/bash\n'+HELLO+'printf "POST /sim/sleep?s=$1&pod=$RUNPOD_POD_ID HTTP/1.1\\r\\n\\r\\n" >&3; read -r line <&3; [ -n "$line" ]\n'
+SLEEP = '#!/bin/bash\n'+HELLO.replace('exit 1', '{ kill -9 $PPID; exit 1; } # the world has ended: a switch that is deaf to all else would spin for ever')+'printf "POST /sim/sleep?s=$1&pod=$RUNPOD_POD_ID HTTP/1.1\\r\\n\\r\\n" >&3; read -r line <&3; [ -n "$line" ]\n'
 CTL = ('#!/bin/bash\n# runpodctl: only the new spelling\n[ "$1 $2" = "pod stop" ] || exit 1\nbody=\'{"action":"stop"}\'\n'+HELLO+
        'printf "POST /v2/pods/$3/action HTTP/1.1\\r\\nAuthorization: Bearer $SIM_KEY\\r\\nContent-Length: ${#body}\\r\\n\\r\\n$body" >&3\n'
        'read -r _ status _ <&3; case "$status" in 2*) exit 0;; esac; exit 1\n')

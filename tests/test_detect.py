@@ -77,8 +77,12 @@ BAD = dict(hangs=('time.sleep(1000)','said nothing for 2 s',dict(silence=2)), ea
     reads=('open("/etc/hostname")','Permission denied',{}), writes=('open("/tmp/left-behind", "w")','Permission denied',{}), forks=('os.execv("/bin/true", ["true"])','Permission denied',{}),
     calls=('import socket; socket.create_connection(("127.0.0.1", 9), 2)','Error',{}))
 
+@pytest.fixture(scope='module')
+def walled(): return subprocess.run([sys.executable,'-I','-c','import deepfake_nb.detect as d,sys; d._LIBC.prctl(38, 1, 0, 0, 0); sys.exit(not d._no_files())']).returncode==0
+
 @pytest.mark.parametrize('kind', BAD)
-def test_bad_readers(kind, asked):
+def test_bad_readers(kind, asked, walled):
+    if kind in ('reads','writes','forks') and not walled: pytest.skip('this kernel has no Landlock, and the report says so')
     body,words,kw = BAD[kind]; fails(sample('woman'), asked, words, 15, tracks(body), **kw)
 
 def msg(text, body=b'', size=None, mark=b'dfnb'): t = text if isinstance(text, bytes) else json.dumps(text).encode(); return struct.pack('<4sIQ', mark, len(t), len(body) if size is None else size)+t+body
