@@ -30,6 +30,7 @@ class DetectError(Exception):
     ): super().__init__(name, reason, remedy); self.name,self.reason,self.remedy = name,reason,remedy
     def __str__(self): return f'{self.name}: {self.reason}. Remedy: {self.remedy}'
 
+# %% ../nbs/48_detect.ipynb #514d3ea5
 @dataclass(frozen=True)
 class Limits:
     "What a file may cost, and what is too little to judge"
@@ -97,6 +98,7 @@ def _no_files():
         at = os.open(p, os.O_PATH|os.O_CLOEXEC); call(445, fd, 1, struct.pack('<Qi', 0b1100, at), 0); os.close(at) # landlock_add_rule: read files and folders beneath
     done = call(446, fd, 0)==0; os.close(fd); return done # landlock_restrict_self: all is handled, the rest is refused
 
+# %% ../nbs/48_detect.ipynb #f8543a26
 def _no_network(): return any(_LIBC.unshare(flags)==0 for flags in (0x50000000, 0x40000000)) # a network namespace of its own, with nothing in it; without root inside of a user namespace
 
 def _confine(limits, parent):
@@ -200,6 +202,7 @@ def _paths():
     "Where Python finds modules here: the reader finds them there too"
     return [str(Path(import_module('deepfake_nb').__file__).resolve().parent.parent), *dict.fromkeys(str(Path(p).resolve()) for p in sys.path if p and ':' not in p and Path(p).is_dir())]
 
+# %% ../nbs/48_detect.ipynb #bfca0180
 class _Reader:
     "The reader process of one file: its messages, checked, one after the other"
     def __init__(self, fd, name, limits, length=1, every=1., native=False, sound=False, probe=False):
@@ -234,6 +237,7 @@ def _bytes(self:_Reader, n, until):
         if not more: break
     return got[:k] if k<n else got
 
+# %% ../nbs/48_detect.ipynb #7bd7ff01
 @patch
 def _ended(self:_Reader):
     "The error of a reader that ended before it was done"
@@ -253,6 +257,7 @@ _SAYS = dict(ready=('sandbox',), film=('seconds','rate','width','height','codec'
 @patch
 def _lie(self:_Reader, what): return DetectError(self.name, f'its reader broke the protocol ({what})', 'it may have been taken over by the file: leave it out')
 
+# %% ../nbs/48_detect.ipynb #28c28fb0
 @patch
 def message(self:_Reader): # kind, head, arrays; None where it ended in order
     "The next message"
@@ -279,6 +284,7 @@ def _shapes(self:_Reader, given):
     if 'sound' in given: res['sound'] = ('<f4',[given['sound'][1][0]])
     return res
 
+# %% ../nbs/48_detect.ipynb #5f6cb1e2
 @patch
 def _arrays(self:_Reader, given, size, kind, until):
     "The arrays of a message, if they are what was asked for"
@@ -334,6 +340,7 @@ class Moment:
     picture:bytes # JPEG of the middle crop
     clip:Clip|None=None # what the detector has seen; kept of some
 
+# %% ../nbs/48_detect.ipynb #de5931a1
 @dataclass
 class Verdict:
     "What is said of one file"
@@ -379,6 +386,7 @@ def _ask(members, clips):
         why[f'{name} abstained'] += sum(v is None for v in s)
     return said,+why
 
+# %% ../nbs/48_detect.ipynb #8597097c
 def _mean(rows):
     "Mean of each member over rows, None where it never spoke"
     names = rows[0] if rows else {}
@@ -423,6 +431,7 @@ def _answer(score, point):
     if f is None or r is None: return CANT,f'{score:.3f}; the calibration is too small for that rate ({point.note}). Calibrate on more people, or ask for a higher rate'
     return CANT,f'{score:.3f} lies between {r:.3f} (real) and {f:.3f} (fake), where both kinds are found'
 
+# %% ../nbs/48_detect.ipynb #7d464372
 def _questions(calibration, k, false_alarms, misses, people=True):
     "Where the file's mean is held against, and where each of its `k` faces; with several, each question gets its share of the rate"
     if calibration is None: return None,None
@@ -454,6 +463,7 @@ def _track(number, moments, exported, each, pressed):
         probability=_probability(score, exported.calibration), answer=answer, reason=why, members={k:_r(v) for k,v in means.items()},
         timeline=[dict(t0=m.t0, t1=m.t1, score=_r(m.score), members={k:_r(v) for k,v in m.members.items()}, box=list(m.box), face_px=m.face_px) for m in moments])
 
+# %% ../nbs/48_detect.ipynb #01a53388
 def _score(moments, exported, means): return _fused(exported.fusion, means)
 def _r(x): return None if x is None else round(float(x), 6)
 def _probability(s, calibration):
@@ -480,6 +490,7 @@ def _verdict(exported, about, scorer, end, passed, box, false_alarms, misses, li
     report['meaning'],report['limits'] = _meaning(report, cal, file, len(by), rehearse),_limits(report, exported, limits)
     return Verdict(report, ms)
 
+# %% ../nbs/48_detect.ipynb #afcafec4
 def _whole(mean, means, tracks, others, file, pressed, fusion):
     "The answer on the file, and why"
     if not tracks: return CANT,f"no face in it can be judged: {others[0]['reason']}" if others else 'no face was found in it'
@@ -595,6 +606,7 @@ def _follow(reader, exported, name, keep, limits, progress):
 VIDEOS = {f'.{x}' for x in 'mp4 m4v mov mkv webm avi ts mts mpg mpeg wmv flv 3gp ogv gif'.split()}
 IMAGES = {f'.{x}' for x in 'jpg jpeg png webp bmp tif tiff'.split()}
 
+# %% ../nbs/48_detect.ipynb #e284b793
 def detect_parser():
     "What `deepfake-nb detect` understands"
     p = argparse.ArgumentParser('deepfake-nb detect', description='Fake, real or can\'t tell: a verdict on each file, with its faces and its times.',
@@ -663,6 +675,7 @@ def _model(folder):
     if len(have)==1: return have[0]
     raise DetectError('--model', f"no model was named, and there {'are '+str(len(have))+': '+', '.join(p.name for p in have) if have else 'is none in the models folder'}", 'name one with --model FOLDER, or export one: deepfake-nb export')
 
+# %% ../nbs/48_detect.ipynb #834dc6e8
 class _Bar:
     "One line on a terminal: how far, how fast, the last score; nothing in a log"
     def __init__(self, name, quiet): self.name,self.on,self.bar = Path(name).name[:24],not quiet and sys.stderr.isatty(),None
@@ -689,6 +702,7 @@ def _table(said, other):
     n = Counter(said); out = [f'{v:>5}  {k}' for k,v in ((k, n[k]) for k in ('fake','real',CANT,'could not be read')) if v]
     return '\n'.join([*out, *([f'{other:>5}  of another kind, not looked at'] if other else [])])
 
+# %% ../nbs/48_detect.ipynb #f770c0a9
 def _code(said): return 3 if 'fake' in said else 1 if 'could not be read' in said else 4 if CANT in said else 0
 
 def _first(files, limits):
@@ -739,6 +753,7 @@ def _load(folder):
     try: return load_exported(folder)
     except (CheckpointError,MetricError,OSError) as e: raise DetectError(str(folder), f'it cannot be loaded ({e})', 'name the folder of an exported model: deepfake-nb export') from None
 
+# %% ../nbs/48_detect.ipynb #400302b3
 def _one(path, name, exported, a, limits):
     with _local(path, limits) as p, _Bar(name, a.quiet) as bar: return detect(p, exported, a.every, false_alarms=a.false_alarms, misses=a.misses, progress=bar, limits=limits, name=name, rehearse=a.rehearse)
 

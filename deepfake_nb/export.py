@@ -203,6 +203,7 @@ def _json(path):
     if not isinstance(d, dict): raise ExportError(path, 'no table of names', 'Take the folder again from where it came from')
     return d
 
+# %% ../nbs/47_export.ipynb #02b07341
 def _csv(path):
     "The four columns of a stranger's calibration"
     def no(why): raise ExportError(path, why, 'Take the folder again from where it came from, or export the model again')
@@ -244,6 +245,7 @@ class FramePath(nn.Module):
         f = self.model.narrow(f)
         return self.model.mix(f[:,:,None]).softmax(1)[:,1] if self.whole else f
 
+# %% ../nbs/47_export.ipynb #582cf54c
 def frame_path(
     model, # an STF-Mamba or a specialist
     length:int=None, # frames of a clip; default as its card says
@@ -299,6 +301,7 @@ def backbone_licence(
     "The licence that timm states for the pretrained weights of a backbone"
     return (timm.get_pretrained_cfg(name).license if timm.is_model(name) else '') or 'not stated'
 
+# %% ../nbs/47_export.ipynb #25c615a1
 def about_card(
     card:dict, # of `save_weights`
 )->dict: # name, model, length, selection, trained_on, sets, people (how many; None: the card doesn't say), qp, backbone, licences, onnx
@@ -348,6 +351,7 @@ LIMITS = ('It looks at faces. A synthetic scene, a forged voice or a true film w
     'Strong compression, small, dark or turned faces take away what it looks at; then the answer should be: can\'t tell.',
     'A score is no proof. Do not use it alone to accuse, to punish or to decide about anybody.')
 
+# %% ../nbs/47_export.ipynb #770820ae
 def model_card(
     e, # an `Exported`
     results=(), # of `load_result`
@@ -376,6 +380,7 @@ def _meaning(c, hide):
     return [f"Held against {hide(c.name)}: {one('real')}, {one('fake')}, whom it has not learned from. {'**A rehearsal.** ' if c.rehearsal else ''}{hide(c.note)}.", '', f"Temperature: {c.temperature:.3f}; it stretches scores about .5, and makes no threshold of it." if c.temperature else 'No temperature: the score is no probability of being right.', '',
             *_rows(['rate asked for','fake from','real up to','reals called fake [95 %]','fakes called fake [95 %]','fakes called real [95 %]','note'], [[*map(hide, r)] for r in _points(c)]), 'Between "real up to" and "fake from": can\'t tell. The promise is about a new one of these, from where these come from. The counts are of the rows that the thresholds were taken from; the intervals are Wilson\'s, and take rows as independent.', '']
 
+# %% ../nbs/47_export.ipynb #73b11168
 def _file_lines(e):
     "What lies in the folder, and where names are"
     yield f"{'fusion.json and members/' if e.fusion is not None else 'card.json and card-*.safetensors'}: the model; no file holds code. calibration.csv and .json: the scores behind the thresholds. results/: every result in full."
@@ -419,6 +424,7 @@ def _card(folder, name):
     if not isinstance(x.get('exported') or {}, dict) or any(not isinstance(v, str) for v in [(x.get('exported') or {}).get('name', '')]): no('its `exported` is no table')
     return card,path
 
+# %% ../nbs/47_export.ipynb #e88a7ba4
 def _fits(card, path):
     "Settings of a model that is no larger than the weights: counted without memory"
     if big := [k for k,v in card['config'].items() if isinstance(v, (int,float)) and abs(v)>2**14]: raise ExportError(path, f'settings of a giant ({big[0]})', 'Take the folder again from somebody you trust')
@@ -433,6 +439,7 @@ def _detector(folder, name, device):
     except RecursionError as e: raise ExportError(path, 'its settings have no end', 'Take the folder again from somebody you trust') from e
     except _WRONG as e: raise ExportError(path, f'no model can be made of it ({str(e)[:100]})', 'Take the folder again from where it came from, or the version of the code that wrote it') from e
 
+# %% ../nbs/47_export.ipynb #a2a32093
 def _check_onnx(folder, about):
     "The frame path is the one that was compared"
     o = about['onnx']
@@ -454,6 +461,7 @@ def _one(folder, device, name='card'):
     about['length'] = d.length; _strangers(folder, cal, [card]); _check_onnx(folder, about)
     return Exported(Path(folder), d, {about['name']:d}, None, cal, card, about)
 
+# %% ../nbs/47_export.ipynb #ae6fbeb3
 def _team(folder, device):
     "A fusion and its members"
     folder = Path(folder); path = _plain(folder/'fusion.json')
@@ -541,6 +549,7 @@ def _calibrated(cal, got, test):
         except ExportError as e: why.append(e.reason)
     return None,'; '.join(why)
 
+# %% ../nbs/47_export.ipynb #4bb4997c
 def _finish(new, got, cal, why, sha, licence, name):
     "Results, calibration and README; then all of it is read back"
     for i,(r,p) in enumerate(got): write_json(new/'results'/f"{re.sub(r'[^a-z0-9]+', '_', (p.name if r.path.stem=='result' else r.path.stem).lower())[:40] or 'result'}{f'_{i}' if i else ''}.json", dict(r))
@@ -557,6 +566,7 @@ def _with_onnx(model, new, size=224):
     if not p.difference<=1e-3*max(p.largest, 1e-3): raise ExportError(path, f'{p.difference:.2g} from torch, on values up to {p.largest:.2g}', 'Export without ONNX, and say so where this model comes from')
     return dict(file='frames.onnx', sha256=sha256(path), opset=OPSET, size=size, output=frame_path(model).output, difference=p.difference, largest=p.largest)
 
+# %% ../nbs/47_export.ipynb #b686bbfb
 def _copied(source, new, name, onnx):
     "Verified weights with their card, byte for byte the same weights"
     folder,weights = _where(source); card,_ = _card(folder, weights); model = load_model(folder, weights); was = card['extra'].get('exported') or {}
@@ -607,6 +617,7 @@ def export_team(
         got = _judged(results, sha); cal,why = _calibrated(calibration, got, test); _finish(new, got, cal, why, sha, licence, out.name)
     return out
 
+# %% ../nbs/47_export.ipynb #6e5dea02
 def _member_at(path, f, n):
     "Where a fusion says that a member lies"
     try: m = f.about['members'][n]; p = path.parent/m['folder']; return f"{p}#{m['weights']}" if m.get('weights') else str(p)
@@ -622,6 +633,7 @@ def export_parser()->argparse.ArgumentParser:
         '--on-test':dict(action='store_true', help='calibrate on a published test part, if there is nothing else'), '--force':dict(action='store_true', help='replace an exported model')}.items(): p.add_argument(k, **kw)
     return p
 
+# %% ../nbs/47_export.ipynb #2d2427ab
 def export_main(
     argv=None, # what stands behind `deepfake-nb export`
 )->int: # 0; 1: it could not be exported; 2: wrong use

@@ -30,6 +30,7 @@ class FusionError(MetricError):
 
 FIXED = ('video','label','group','split') # columns of a member table that are no member
 
+# %% ../nbs/41_fusion.ipynb #73e6a978
 def member_names(
     table:pd.DataFrame, # of `member_table`
 )->list: # in order
@@ -82,6 +83,7 @@ def correlations(
     c = np.stack([x[(table.label==y).to_numpy()].corr(min_periods=least).to_numpy() for y in (0,1)])
     return pd.DataFrame(c.mean(0), names, names)
 
+# %% ../nbs/41_fusion.ipynb #713b9575
 def correlation_figure(
     c:pd.DataFrame, # of `correlations`
     ax=None,
@@ -158,6 +160,7 @@ def _evidence(self, x):
         s = np.maximum((w*on).sum(1), 1e-12); z,b = np.where(on, x*w, 0).sum(1)/s,_worth(s**2/np.maximum((w**2*on).sum(1), 1e-24), self.together)
     return np.where(on.any(1), z, np.nan),b
 
+# %% ../nbs/41_fusion.ipynb #611b7762
 @patch
 def __call__(self:Fusion,
     table:pd.DataFrame, # a member table
@@ -175,6 +178,7 @@ def to_json(self:Fusion)->str:
 
 def _refuse(x): raise ValueError(f'{x} is no number')
 
+# %% ../nbs/41_fusion.ipynb #bd7cc5aa
 @patch(cls_method=True)
 def from_json(cls:Fusion,
     text:str, # of `to_json`
@@ -253,6 +257,7 @@ def _together(t, w):
     c = correlations(t[[*FIXED[:3],*w]]).to_numpy(); v = np.array([*w.values()]); m = np.outer(v, v); np.fill_diagonal(m, 0); m[np.isnan(c)] = 0
     return float(np.clip((m*np.nan_to_num(c)).sum()/m.sum(), 0, 1)) if m.sum()>0 else 1.
 
+# %% ../nbs/41_fusion.ipynb #9cc2023d
 def _raw(t, kind, names, prior, C):
     "A fusion fitted to all rows of a table, before its temperature"
     off = _mute(t, names); on = [n for n in names if n not in off]; y = t.label.to_numpy()
@@ -281,6 +286,7 @@ def _rows(table, names, train_groups, least):
     if min(n)<max(2, least): raise FusionError(f'{n[0]} groups with reals and {n[1]} with fakes that a member answered: {max(2, least)} of each are the least to fit a fusion on. Prepare more people')
     return t,names
 
+# %% ../nbs/41_fusion.ipynb #5f79a5fc
 def _parts(t, seed):
     "Who is held out in which fold: masks of rows"
     kinds = t.groupby('group').label.unique().map(sorted).to_dict(); k = min(5, *[t[t.label==y].group.nunique() for y in (0,1)])
@@ -301,6 +307,7 @@ def _ready(table, kind, members, seed, train_groups, least):
     C = _strength(_apiece(_logit(t[names]), _together(t, dict.fromkeys(names, 1.))), t.label.to_numpy(), parts) if kind=='stacked' else None
     return t,names,prior,C,_held(t, kind, names, prior, C, parts),len(parts)
 
+# %% ../nbs/41_fusion.ipynb #26b2647c
 def out_of_fold(
     table:pd.DataFrame, # a member table of validation
     kind:str, # one of KINDS
@@ -328,6 +335,7 @@ def fit_fusion(
     words = f'{len(t)} videos ({int((t.label==0).sum())} real, {int((t.label==1).sum())} fake) of {t.group.nunique()} groups; temperature from {k} folds of groups, seed {seed}'+(f'; strength {C:g}' if C else '')+(f'; not listened to: {why}' if why else '')
     return replace(f, shift=f.shift+s, temperature=T, fitted_on=words, about=dict(about or {}))
 
+# %% ../nbs/41_fusion.ipynb #2f8954e3
 def choose_kind(
     table:pd.DataFrame, # a member table of validation
     members=None, seed:int=0, train_groups=(), least:int=LEAST, # as in `fit_fusion`
@@ -350,6 +358,7 @@ def silence(
 # %% ../nbs/41_fusion.ipynb #3f154a49
 UNSURE = "can't tell"
 
+# %% ../nbs/41_fusion.ipynb #8f41f68e
 def verdicts(
     fusion:Fusion,
     table:pd.DataFrame, # a member table

@@ -121,6 +121,7 @@ def check_names(self:Plan):
     for t in self.tasks:
         if lost := [n for n in t.needs if n not in self.by]: raise PlanError(f'{t.name}: needs {", ".join(lost)}, which the plan has not. It has {", ".join(self.by)}')
 
+# %% ../nbs/51c_graph.ipynb #b8d09d7a
 @patch
 def in_order(self:Plan)->tuple: # names
     "An order in which all can be done, as declared where there is a choice; who comes before whom is kept in `up`"
@@ -196,6 +197,7 @@ def resolve(self:Plan,
     "What a task is given, now that it is known"
     return self.defaults[name]|{k:v(left) if isinstance(v, Out) else v for k,v in self[name].given.items()}
 
+# %% ../nbs/51c_graph.ipynb #92cfdfb2
 @patch
 def key(self:Plan, name, left, parameters)->str:
     "Of what a result was made: stage, parameters, the content it builds on, the files it watches"
@@ -226,6 +228,7 @@ class State:
     @property
     def record(self): return self.kept.get('record') or '' # folder
 
+# %% ../nbs/51c_graph.ipynb #e11148ba
 class Board:
     "The states of a plan, in a folder"
     def __init__(self,
@@ -251,6 +254,7 @@ def write(self:Board, name, **what):
     "Keep the state of a task, whole or not at all"
     write_json(self.file(name), what)
 
+# %% ../nbs/51c_graph.ipynb #42cdbcd8
 @patch
 def look(self:Board,
     afresh=(), # names whose failure, refusal or success is to be forgotten
@@ -306,6 +310,7 @@ def elsewhere(self:Board, d)->bool:
     try: return Record.load(d['record']).state=='running'
     except RunError: return False
 
+# %% ../nbs/51c_graph.ipynb #0b40cbc2
 @functools.cache
 def _made_by(record):
     "The code that a record was made by: hashes of package and notebook; none where the record is not here"
@@ -328,6 +333,7 @@ def lane(self:Plan, n)->tuple: # model or '', aside or not
     serves = {self[v].model for v in self if n in self.up[v] and self[v].model}
     return (model or (min(serves) if len(serves)==1 else ''), n in self.aside())
 
+# %% ../nbs/51c_graph.ipynb #e3ca3354
 @patch
 def layout(self:Plan)->dict: # name -> column, row
     "A row for each model, a column for each step"
@@ -355,6 +361,7 @@ def under(t, s, short=False)->str:
     words = [w for w in (in_dollars(s.kept.get('dollars') if took else t.dollars), in_hours(took/3600 if took else t.hours)) if w]
     return ' '.join(words[:1] if short else words)
 
+# %% ../nbs/51c_graph.ipynb #1f816dcf
 @patch
 def gates(self:Plan)->set: return {n for t in self.tasks if t.when for n in t.when.names}
 
@@ -424,6 +431,7 @@ def columns(rows)->str:
     line = lambda r: '  '.join(r[i].ljust(wide[i]) for i in keep).rstrip()
     return '\n'.join([line(rows[0]), line(['-'*wide.get(i, 0) for i in range(len(rows[0]))]), *map(line, rows[1:])])
 
+# %% ../nbs/51c_graph.ipynb #41af939c
 def show(
     plan:Plan,
     folder=None, # of its states; default `plan.folder`
@@ -602,6 +610,7 @@ def beat(self:Runner):
     for m in self.meters.values(): m.tick()
     if self.lines: self.lines.show({n:look()|({} if n in self.started else dict(state=self.over[n])) for n,look in self.looks.items()})
 
+# %% ../nbs/51c_graph.ipynb #6197cd3f
 @patch
 def finish(self:Runner, n, record, error='', d=None):
     "It ended: write it down, give the lease back"
@@ -626,6 +635,7 @@ def keep(self:Runner, n, d, record, error=''):
     if d['state']=='failed': self.say(f"{n} failed: {d['reason']}")
     elif d['state']=='done' and n in self.plan.gates(): self.say(f"{n} says {d['left'].get('gate', '...')}")
 
+# %% ../nbs/51c_graph.ipynb #bc10fae7
 @patch
 def let_go(self:Runner, n): self.leases.pop(n).release()
 
@@ -658,6 +668,7 @@ def halt(self:Runner)->int: # exit status
     self.ex.stop(sig.name) # it was heard
     return 128+sig
 
+# %% ../nbs/51c_graph.ipynb #be0fe34e
 @patch
 def end(self:Runner, states)->int: # exit status
     "What was not done, in words"

@@ -176,6 +176,7 @@ def feed(self:Tail,
     if lines: self.at = self.pos-len(self.rest); self.mark = (self.mark+b'\n'.join([*lines, b'']))[-MARK:]
     return lines
 
+# %% ../nbs/52_monitor.ipynb #f82a4c07
 @patch(as_prop=True)
 def torn(self:Tail): return len(self.rest) # bytes of a last line without an end
 
@@ -227,6 +228,7 @@ def points(self:Curve)->tuple: # x, y: with the row that was last added
     k,sx,sy,_ = self._sum
     return ([*self.x, sx/k],[*self.y, sy/k]) if k else (list(self.x),list(self.y))
 
+# %% ../nbs/52_monitor.ipynb #7daa55e6
 @patch
 def when(self:Curve, x)->float: # s, by the writer's clock; None where nothing is known
     "At what time it was at `x`"
@@ -681,6 +683,7 @@ def storage(self:Monitor, shelves, runs, fs):
         groups.append(dict(group=g, bytes=sum(r['resumable'] for r in rows if r['group']==g), limit=1e9*own[-1] if own else self.rules.all if g=='specialists' else None))
     return dict(models=rows, groups=groups, disk=self.disk())
 
+# %% ../nbs/52_monitor.ipynb #5d8ab888
 @patch
 def disk(self:Monitor):
     "Room on the disk of the source; None where nobody can say"
@@ -1014,6 +1017,7 @@ def monitor_parser():
     p.add_argument('--tensorboard', metavar='FOLDER', help='write event files there, a directory a run')
     return p
 
+# %% ../nbs/52_monitor.ipynb #a010a9cd
 def write_out(a, m, s, events):
     "All files that were asked for"
     try:
@@ -1039,6 +1043,7 @@ def monitor_main(argv=None)->int: # exit status
     else: print('\n'.join(overview(s, shutil.get_terminal_size((160, 24)).columns, plain=not _unicode())))
     return 3 if s['alarms'] else 0
 
+# %% ../nbs/52_monitor.ipynb #f45898f2
 def _unicode(): return (sys.stdout.encoding or '').lower().replace('-', '') in ('utf8','utf16')
 
 # %% ../nbs/52_monitor.ipynb #1fd23a85

@@ -133,6 +133,7 @@ def call(self:RunPod,
             self.say(str(e))
         self.sleep(pause); wait = min(2*wait, 15.)
 
+# %% ../nbs/53_pod.ipynb #e641307f
 @patch
 def clock(self:RunPod)->float: # s since 1970
     "The provider's time as last heard; this machine's, if it was never heard"
@@ -199,6 +200,7 @@ def _over(self:RunPod, id, method='POST', path='/action', body=None): # one roun
     if p is None or p.status=='TERMINATED' or (method=='POST' and not p.paid): return p
     raise Unsure(id, why or f'the order was accepted, and it is {p.status}', 'ask again; else stop it in the console')
 
+# %% ../nbs/53_pod.ipynb #676aeacd
 @patch
 def _until(self:RunPod, id, patience, *order):
     end,wait,told = self.now()+patience,1.,''
@@ -234,6 +236,7 @@ def pod_name(
     if not (math.isfinite(hours) and hours>0): raise PodError('--hours', f'{hours} is no time to live', 'hours above 0')
     return f"{PREFIX}{round(hours, 4):.4f}".rstrip('0').rstrip('.')+f"-{re.sub('[^a-z0-9]+', '-', label.lower()).strip('-')[:24] or 'run'}-{secrets.token_hex(4)}"
 
+# %% ../nbs/53_pod.ipynb #d5214907
 def ttl_of(
     name:str, # of a pod
     most:float=24., # h, where ours cannot be read
@@ -342,6 +345,7 @@ def check(self:Order):
     for k,v in self.secrets.items():
         if not re.fullmatch(r'\w+', v): raise PodError(k, 'this is not the name of a secret', f'--secret {k}=NAME, with the name under which the provider keeps it')
 
+# %% ../nbs/53_pod.ipynb #32b88e48
 @patch
 def body(self:Order, command)->dict:
     "The same in the provider's words"
@@ -366,6 +370,7 @@ def curl(method:str, url:str, body=None)->str:
     data = '' if body is None else f" -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
     return f'curl -sS -X {method} {shlex.quote(url)} -H "Authorization: Bearer $RUNPOD_API_KEY"{data}'
 
+# %% ../nbs/53_pod.ipynb #f69da1bb
 @patch
 def words(self:Order, now:float)->list: # of lines
     "What a person must know before saying yes"
@@ -389,6 +394,7 @@ def offer(self:RunPod, order:Order)->Order: # with the place of its volume
     if order.where and place and order.where!=place: raise PodError(order.volume, f'this volume is in {place}, not in {order.where}', f'--data-center {place}')
     return Order(**{**vars(order), 'where':order.where or place})
 
+# %% ../nbs/53_pod.ipynb #f6d74634
 @patch
 def differs(self:Order, pod, command)->list: # of words; empty if all is as it was asked for
     "What was made and not asked for"
@@ -499,6 +505,7 @@ def _far(): # what a file system may raise when it cannot be reached
     b = sys.modules.get('botocore.exceptions')
     return (OSError, ValueError, *([b.BotoCoreError, b.ClientError] if b else []))
 
+# %% ../nbs/53_pod.ipynb #531e15bb
 def manifest(
     source:str, # as in `place_of`
 )->dict: # files, made, pod
@@ -619,6 +626,7 @@ def pod_parser()->argparse.ArgumentParser:
     add('list', 'all pods')
     return p
 
+# %% ../nbs/53_pod.ipynb #47e0fecc
 def _launch_options(o):
     for n,t,d,h in (('hours',float,None,'until it stops itself'), ('budget',float,None,'dollars, for all of it'), ('price',float,None,'dollars an hour, at most'), ('count',int,1,'cards'), ('disk',int,60,'GB of its own')): o(f'--{n}', type=t, default=d, required=n in ('hours','budget'), help=h)
     for n,d,h in (('gpu','RTX 4090','card'), ('volume','','id of a network volume'), ('data-center','','where'), ('image','','container image, if not the usual one'), ('label','run','a word for people'), ('repo',None,'https address'), ('commit',None,'all 40 digits'), ('pull','','folder to bring results to'), ('source','','where they lie; default the volume')): o(f'--{n}', default=d, help=h)
@@ -675,6 +683,7 @@ def _stop(api, a, say):
     if a.terminate and p: api.remove(a.pod, a.patience); say(f'{a.pod}: removed')
     return 0
 
+# %% ../nbs/53_pod.ipynb #7f749adf
 def _list(api, a, say):
     if a.dry_run: say(curl('GET', f'{api.url}/pods?includeClusterPods=true')); return 0
     for p in api.pods(): say(f'{p.id}  {p.name}  {p.status}  {p.gpu} x {p.count}  {_state(p)}  {api.age(p):.2f} h  {p.volume or "no network volume"}')
