@@ -1,4 +1,5 @@
 """RunPod's REST API v2 on 127.0.0.1, in virtual time, billing pods and misbehaving when told to; and a world in which the layers that stop a pod live"""
+from contextlib import suppress
 import heapq,itertools,json,math,os,random,signal,subprocess,threading,time
 from datetime import datetime,timezone
 from email.utils import formatdate
@@ -204,7 +205,8 @@ class World:
         p = self.shells[pod]
         with self.clock.cv:
             if p.dead: return
-            p.dead = True; os.killpg(p.pid, signal.SIGKILL)
+            p.dead = True
+            with suppress(ProcessLookupError): os.killpg(p.pid, signal.SIGKILL)
             if not p.sleeping: self.clock.leave()
     def nap(self, pod, s):
         "A shell's sleep"
@@ -228,7 +230,8 @@ class World:
         bills = {id:self.fake.billed(id) for id in self.fake.pods}
         self.clock.end(); self.fake.close()
         for p in self.shells.values():
-            if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError): # it may just have ended with its world
+                if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
         for t in self.threads:
             if t not in self.clock.dead: t.join(5)
         if bad := [e for e in self.errors if not isinstance(e, self.expected)]: raise bad[0]
