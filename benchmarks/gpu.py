@@ -21,7 +21,7 @@ def batch(n, T, size, seed=0, native=0, sound=False):
 
 def sync(device): torch.cuda.synchronize() if device=='cuda' else None
 
-def answers(model, b, device, bf16=False, form=None):
+def answers(model, b, device, bf16=False):
     "Logits of a batch and the gradient of the first parameter that learns, on the CPU"
     m = model.to(device).eval(); m.zero_grad(); b = b.to(device)
     with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():

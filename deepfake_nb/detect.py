@@ -21,14 +21,7 @@ from .clips import SOUND_RATE,Clip,cut_sound,decode_crop,encode_crop
 # torch, pandas and all that needs them are imported inside of functions: a wrong path and `--help` are answered before torch would be there
 
 # %% ../nbs/48_detect.ipynb #27b1a889
-class DetectError(Exception):
-    "A file that no verdict can be given on"
-    def __init__(self,
-        name:str, # of the file
-        reason:str, # why not
-        remedy:str='leave it out, or replace it by a good copy', # what to do
-    ): super().__init__(name, reason, remedy); self.name,self.reason,self.remedy = name,reason,remedy
-    def __str__(self): return f'{self.name}: {self.reason}. Remedy: {self.remedy}'
+class DetectError(VideoError): "A file that no verdict can be given on"
 
 # %% ../nbs/48_detect.ipynb #514d3ea5
 @dataclass(frozen=True)
@@ -522,10 +515,11 @@ def _meaning(r, cal, file, k, rehearse=False):
         +("It is no probability." if r['probability'] is None else f"A temperature of {cal.temperature:.3g} makes {_percent(r['probability'])} of it: a probability where fakes are as frequent as in the calibration, and nowhere else."))
     if cal is None: out.append('There is no calibration: no answer but can\'t tell is given, whatever the score.')
     else:
+        from deepfake_nb.export import needed
         c = cal.counts; unit = f'{cal.unit}s'
         out += [_rate(file.false_alarms, 'fake', f'real {unit}', c['real_people']), _rate(file.misses, 'real', f'fake {unit}', c['fake_people'])]
         if k>1: out.append(f"With {k} faces there are {k+1} questions, the mean and each face, and their false alarms add up: " + (f"each face is asked at a rate of {_percent(r['calibration']['each']['false_alarms']['rate'])}, the mean at {_percent(file.false_alarms['rate'])}." if r['calibration']['each']['fake_at'] is not None else 'the calibration is too small to ask each face alone, so only the mean can say fake.'))
-        if c['real_people']<(m := math.ceil(1/file.false_alarms['rate']-1e-9)-1): out.append(f"Its reals are of {c['real_people']} {'person' if c['real_people']==1 else 'people'} only: that {_percent(file.false_alarms['rate'])} of people are falsely called fake would take {m} at least, so on strangers expect more.")
+        if c['real_people']<(m := needed(file.false_alarms['rate'])): out.append(f"Its reals are of {c['real_people']} {'person' if c['real_people']==1 else 'people'} only: that {_percent(file.false_alarms['rate'])} of people are falsely called fake would take {m} at least, so on strangers expect more.")
         if rehearse: out.insert(0, 'A rehearsal, as asked: thresholds are held although they come from too few people to promise anything about strangers. Do not act on this answer.')
         if cal.rehearsal: out.append(f'The calibration is a rehearsal: {cal.note or "its fakes are made here"}. On fakes of other makers the rate of misses may be far higher.')
     out += ["'real' does not prove that a film is genuine: only the faces that were judged are meant, and only traces of a kind that the detector was trained on. Sound, context and the origin of the file were not looked at by it." ,

@@ -19,7 +19,7 @@ from .pack import ITEMS,PackError,atomic_write,extract,home,sha256,write_json
 class GuardError(Exception): "Something that ends a pod, or ships its results, and cannot work as asked: what, and the remedy"
 
 API = 'https://api.runpod.io/v2'
-SECRET = re.compile('KEY|TOKEN|SECRET|PASSWORD', re.I) # in the name of a variable (runpod/lib.sh has the same words)
+SECRET = re.compile('KEY|TOKEN|SECRET|PASSW|CREDENTIAL', re.I) # in the name of a variable (runpod/lib.sh has the same words)
 OPEN = ('PUBLIC_KEY',) # who may log in: no secret, whatever its name says
 
 def secret_names(

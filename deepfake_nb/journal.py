@@ -76,7 +76,7 @@ def log(self:Journal, **row):
 
 # %% ../nbs/34_journal.ipynb #14d54a03
 STATUS = dict(state='running, done, budget, signal or failed', step='steps done', steps='steps in all', loss='of the last step', auc='of the last evaluation',
-              speed='steps a second', eta='s until the last step', spent='$ until now', dollars='$, the limit', left='$ that training may still use', checkpoint='step of the last one',
+              speed='steps a second', eta='s until the last step', spent='$ until now', dollars='$, the limit', left='$ that training may still use', checkpoint='step of the last one', epoch='of the data, from 0', chunk='of the data, where there are several',
               time='s since 1970, by the writer', pid='of the writer', rank='of the writer, if several', world='how many train together, if several')
 
 # %% ../nbs/34_journal.ipynb #decaa4c8

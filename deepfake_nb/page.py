@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'MARKS', 'Markup', 'plain', 'tag', 'join', 'strip_svg', 'thinned', 'timeline_svg', 'telling', 'of_track',
-           'explain_moments', 'where_in', 'moment_html', 'in_short', 'track_html', 'page_html', 'write_page']
+           'reasons', 'explain_moments', 'where_in', 'moment_html', 'in_short', 'track_html', 'page_html', 'write_page']
 
 # %% ../nbs/48b_page.ipynb #c5bf4eab
 import base64,hashlib,html,shlex,cv2,numpy as np
@@ -13,7 +13,7 @@ from pathlib import Path
 from .clips import decode_crop,encode_crop
 from .wavelets import BANDS
 from .evidence import band_levels,explain,overlay,smoothed
-from .detect import _middle
+from .detect import _middle,_sentence as _said
 
 # %% ../nbs/48b_page.ipynb #5184c08c
 class Markup(str): "Text that is HTML already"
@@ -22,6 +22,7 @@ def plain(x)->str:
     "Any text on one line, without characters that cannot be seen"
     return ''.join(c if c.isprintable() else '?' for c in str(x))
 
+# %% ../nbs/48b_page.ipynb #367ce571
 _VOID = {'meta','img','br','link','rect','line','circle','path','polyline','use'}
 def tag(
     name:str, # of the element
@@ -51,6 +52,7 @@ def _rect(x, y, w, h, c): return tag('rect', x=_pc(x) if not isinstance(x, str) 
 def _text(x, y, s, c='', anchor='middle'): return tag('text', s, x=_pc(x) if not isinstance(x, str) else x, y=y, class_=c or None, text_anchor=anchor)
 def _end(x): return 'start' if x<.12 else 'end' if x>.88 else 'middle'
 
+# %% ../nbs/48b_page.ipynb #23974537
 def strip_svg(
     score, # 0..1, or None
     cal, # of a report: `calibration`, or None
@@ -122,17 +124,24 @@ def telling(
 
 def of_track(verdict, k): return [m for m in verdict.moments if m.track==k]
 
+# %% ../nbs/48b_page.ipynb #92dd96e4
+def reasons(
+    exported, # an `Exported`
+    m, # a `Moment` whose clip was kept
+)->list: # of `Evidence`, a member each
+    "What each member that answered has to say for its score"
+    from deepfake_nb.batches import gather
+    return [replace(explain(d, gather([(0, _middle(m.clip, d.length))], d.extras))[0], name=n) for n,d in exported.members.items() if m.members.get(n) is not None]
+
 def explain_moments(
     verdict, # a `Verdict` that kept clips
     exported, # an `Exported`: whose members are asked
     tracks:int=12, # of how many faces, most fake first
 )->dict: # (track, t0) -> list of `Evidence`, one a member
     "Why, for the telling moments of each face"
-    from deepfake_nb.batches import gather
     ranked = sorted((t for t in verdict.report['tracks'] if t['score'] is not None), key=lambda t: -t['score'])[:tracks]
-    ms = [m for t in ranked for _,m in telling(of_track(verdict, t['track'])).values() if m.clip is not None]; out = {}
-    for m in ms: out[m.track,m.t0] = [replace(explain(d, gather([(0, _middle(m.clip, d.length))], d.extras))[0], name=n) for n,d in exported.members.items() if m.members.get(n) is not None]
-    return out
+    ms = [m for t in ranked for _,m in telling(of_track(verdict, t['track'])).values() if m.clip is not None]
+    return {(m.track,m.t0):reasons(exported, m) for m in ms}
 
 # %% ../nbs/48b_page.ipynb #03eb15ac
 def _uri(data, kind='jpeg'): return f'data:image/{kind};base64,{base64.b64encode(data).decode()}'
@@ -150,6 +159,7 @@ def where_in(
     at = lambda i: names[3*(3*(i//h.shape[1])//h.shape[0])+3*(i%h.shape[1])//h.shape[1]]
     return f'most for fake in the {at(h.argmax())}, most for real in the {at(h.argmin())}'
 
+# %% ../nbs/48b_page.ipynb #c01d52ed
 def _figure(src, alt, caption, side=224): return tag('figure', tag('img', src=src, alt=alt, width=side, height=side), tag('figcaption', caption))
 
 def _bands(e):
@@ -221,7 +231,7 @@ def _head(r):
     word,sign,c = WORDS[r['answer']]; name = r['file']['name']
     return join(tag('p', 'Verdict of a detector on the file ', tag('bdi', name), class_='note'), tag('h1', tag('span', sign+' ', aria_hidden='true'), word, class_=c, id='answer'))
 
-def _sentence(x): x = f'Score {x}' if x[:1].isdigit() else x; return x[:1].upper()+x[1:]+('' if x.endswith('.') else '.')
+def _sentence(x): return _said(f'Score {x}' if x[:1].isdigit() else x)
 
 def _best(verdict, explained):
     "The most telling moment of the file: the extreme on the side of the answer"

@@ -292,11 +292,11 @@ def start_command(
     if u.scheme!='https' or u.username or '@' in u.netloc or u.query: raise PodError('--repo', 'no plain https address that a pod could fetch from (a name or a token in it would be seen by all)', 'say --repo https://HOST/OWNER/NAME, or give this checkout such a remote `origin`; for a private one use a secret and your own image')
     if not re.fullmatch('[0-9a-f]{40}', commit): raise PodError('--commit', f'{commit!r} is no commit', 'all 40 digits, of a commit that was pushed')
     s,text = round(hours*3600),'\n'.join(l for l in switch.read_text().splitlines() if not l.startswith('#'))
-    fetch = f'git init -q /root/deepfake_nb && cd /root/deepfake_nb && git fetch -q --depth 1 {shlex.quote(repo)} {commit} && git checkout -q FETCH_HEAD'
+    fetch = f'git init -q /opt/deepfake_nb && cd /opt/deepfake_nb && git fetch -q --depth 1 {shlex.quote(repo)} {commit} && git checkout -q FETCH_HEAD'
     tail = (f'know_pod; left=$(( {round(end)} - $(date +%s) )); [ "$left" -gt 0 ] && [ "$left" -lt {s} ] || left={s}\n'
         'hours=$(awk -v s="$left" \'BEGIN{print s/3600}\'); arm_deadline "$hours"\n'
         f'for i in 1 2 3 4 5; do ({fetch}) && break; sleep 20; done\n'
-        f'[ -f /root/deepfake_nb/runpod/start.sh ] && bash /root/deepfake_nb/runpod/start.sh --hours "$hours" {shlex.join(map(str, args))}; switch 0\n')
+        f'[ -f /opt/deepfake_nb/runpod/start.sh ] && bash /opt/deepfake_nb/runpod/start.sh --hours "$hours" {shlex.join(map(str, args))}; switch 0\n')
     return ['bash','-c',f'{text}\n{tail}']
 
 # %% ../nbs/53_pod.ipynb #c8862471

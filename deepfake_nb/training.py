@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'STAGES', 'TrainingError', 'TrainConfig', 'cosine_lr', 'groups', 'to_device', 'History', 'Loop', 'trace',
-           'rng_state', 'set_rng_state', 'stop_signals', 'train', 'by_epochs', 'pair_epochs', 'KeepBest', 'Stage',
-           'stage_config']
+           'place', 'rng_state', 'set_rng_state', 'stop_signals', 'train', 'by_epochs', 'pair_epochs', 'KeepBest',
+           'Stage', 'stage_config']
 
 # %% ../nbs/35_training.ipynb #468c2b53
 import hashlib,math,random,signal,statistics,threading,time
@@ -138,7 +138,7 @@ class Loop:
         self.live = LiveFigure(cfg.metric) if live is True else live
         self.plan,self.fixed = cfg,0 # the schedule, and the step at which it was fixed
         self.step,self.cursor,self.signal,self.lease,self.saved,self.bar = 0,0,'',None,None,None
-        self.took,self.t_save,self.t_eval = deque(maxlen=20),0.,0.
+        self.took,self.t_save,self.t_eval,self.place = deque(maxlen=20),0.,0.,{}
     def autocast(self): return torch.amp.autocast(self.device.type, dtype=self.half) if self.half else nullcontext()
 
 # %% ../nbs/35_training.ipynb #1eea1a44
@@ -150,6 +150,12 @@ def trace(
     while isinstance(batch, (tuple,list,dict)): batch = next(iter(batch.values() if isinstance(batch, dict) else batch))
     return hashlib.sha256(batch.detach().cpu().contiguous().view(torch.uint8).numpy()).hexdigest() if torch.is_tensor(batch) else repr(batch)
 
+def place(
+    batch, # with a `cursor`: (epoch, index) or (chunk, epoch, index); or tensors
+)->dict: # epoch and chunk, as far as it says
+    "Where in the data a batch lies"
+    return dict(zip(('epoch','chunk'), reversed(tuple(getattr(batch, 'cursor', ()))[:-1])))
+
 # %% ../nbs/35_training.ipynb #1f1f6e82
 @patch
 def next_batch(self:Loop):
@@ -158,7 +164,7 @@ def next_batch(self:Loop):
     if b is None: raise TrainingError(f'the loader ended after {self.cursor} batches, {self.plan.steps*self.cfg.accumulate*self.ranks.world} are needed. Let it go on for ever (`by_epochs`)')
     self.cursor += self.ranks.world
     self.history.order = hashlib.sha256((self.history.order+trace(b)).encode()).hexdigest()[:16]
-    return to_device(b, self.device)
+    self.place = place(b); return to_device(b, self.device)
 
 @patch
 def finite(self:Loop, x, what):
@@ -312,7 +318,7 @@ def beat(self:Loop, state, n=0):
     h,b = self.history,self.budget; auc = next((e[self.cfg.metric] for _,e in reversed(h.evals) if self.cfg.metric in e), None)
     money = dict(spent=b.spent(), dollars=b.dollars, left=b.left()) if b else {}
     self.bar.update(n, state=state, steps=self.plan.steps, loss=h.losses[-1] if h.losses else None, auc=auc, checkpoint=self.saved, world=self.ranks.world, **money)
-    self.journal.beat(**self.bar.status)
+    self.journal.beat(**self.bar.status|self.place)
     h.eta,h.dollars = self.bar.status['eta'] if state=='running' else None,money.get('dollars')
     if b and n: h.money.append((self.step, money['spent']))
     if self.lease and time.monotonic()>=self.renew_at: self.lease.renew(); self.renew_at = time.monotonic()+self.lease.stale/20

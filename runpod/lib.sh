@@ -25,5 +25,5 @@ arm() { # arm HOURS: or say why not
   is_armed || can_stop || die "runpodctl is missing, and curl or RUNPOD_API_KEY as well, so the deadline could not stop this pod. Bring one of them, or say --no-deadline and watch the clock yourself"
   arm_deadline "$1"
 }
-SECRET='KEY|TOKEN|SECRET|PASSWORD' # names of variables that no plan, notebook or Lab is given; PUBLIC_KEY is none (guard.py has the same words)
+SECRET='KEY|TOKEN|SECRET|PASSW|CREDENTIAL' # names of variables that no plan, notebook or Lab is given; PUBLIC_KEY is none (guard.py has the same words)
 hidden() { local n; for n in $(compgen -e); do if [[ ${n^^} =~ $SECRET ]] && [ "$n" != PUBLIC_KEY ]; then printf -- '-u\n%s\n' "$n"; fi; done; }

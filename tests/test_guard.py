@@ -243,7 +243,9 @@ def test_lab_and_secrets(pod):
 
 def test_shell_and_python_agree_on_what_is_secret():
     from deepfake_nb.guard import secret_names
-    names = 'API_KEY apikey HF_TOKEN token_x MY_SECRET_1 PASSWORD db_password PUBLIC_KEY HOME MONKEY KEEP PASSPORT'.split(); env = dict.fromkeys(names, 'x')|dict(PATH=os.environ['PATH'])
+    import deepfake_nb.guard,deepfake_nb.pod
+    assert {deepfake_nb.guard.API,deepfake_nb.pod.API,*re.findall(r'https://[^}\s]+', next(l for l in (ROOT/'runpod'/'deadline.sh').read_text().splitlines() if 'API=' in l))}=={deepfake_nb.pod.API} # three that must not need each other
+    names = 'API_KEY apikey HF_TOKEN token_x MY_SECRET_1 PASSWORD db_password GOOGLE_CREDENTIALS PGPASSWD PUBLIC_KEY HOME MONKEY KEEP PASSPORT'.split(); env = dict.fromkeys(names, 'x')|dict(PATH=os.environ['PATH'])
     said = subprocess.run(['bash','-c',f'. {ROOT}/runpod/lib.sh; hidden'], env=env, capture_output=True, text=True, check=True).stdout.split('\n')
     assert sorted(s for s in said if s and s!='-u')==secret_names(env)==sorted(set(names)-{'PUBLIC_KEY','HOME','KEEP','PASSPORT'})
 

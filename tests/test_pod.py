@@ -239,7 +239,7 @@ def first(tmp_path, hours, git, then='', change=lambda s: s, wait=20):
     bin,home = tmp_path/'bin',tmp_path/'root'; bin.mkdir(); home.mkdir(); log = tmp_path/'ctl'
     for n,s in dict(git=git, runpodctl=f'[ -f {log}.once ] || {{ touch {log}.once; exit 1; }}; echo "$*" >> {log}', curl='exit 1').items(): (bin/n).write_text(f'#!/bin/bash\n{s}\n'); (bin/n).chmod(0o755)
     if then: (home/'deepfake_nb/runpod').mkdir(parents=True); (home/'deepfake_nb/runpod/start.sh').write_text(then)
-    argv = start_command(hours, time.time()+hours*3600, REPO, COMMIT); script = change(argv[2].replace('/root/deepfake_nb', str(home/'deepfake_nb')).replace('sleep 20', 'sleep .1'))
+    argv = start_command(hours, time.time()+hours*3600, REPO, COMMIT); script = change(argv[2].replace('/opt/deepfake_nb', str(home/'deepfake_nb')).replace('sleep 20', 'sleep .1'))
     env = {k:v for k,v in os.environ.items() if not k.startswith(('RUNPOD','DEEPFAKE'))}|dict(PATH=f'{bin}:{os.environ["PATH"]}', RUNPOD_POD_ID='p1', DEEPFAKE_NB_DEADLINE_FILE=str(tmp_path/'armed'), DEEPFAKE_NB_DEADLINE_RETRY='.2', DEEPFAKE_NB_DEADLINE_AGAIN='60')
     start = time.monotonic(); p = subprocess.Popen([*argv[:2],script], env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

@@ -315,8 +315,8 @@ class Page(HTMLParser):
         elif tag=='link' and a.get('href'): self.links.append(a['href'])
     def handle_data(self, data): self.text.append(data)
 
-# /root and /tmp/deepfake_nb... are not among them: a pod has its home and its logs there, and chapter 53 and the runbook say so. In outputs tools/law.py refuses that too.
-def machine_paths(page): return sorted({m[0] for m in re.finditer(r"""(?<![\w.~/-])/(?:home|Users|tmp(?!/deepfake_nb)|work)/[^\s'"<>]*""", '\n'.join(page.text))})
+# /tmp/deepfake_nb... is not among them: a pod has its logs there, and the runbook says so. In outputs tools/law.py refuses that too.
+def machine_paths(page): return sorted({m[0] for m in re.finditer(r"""(?<![\w.~/-])/(?:home|root|Users|tmp(?!/deepfake_nb)|work)/[^\s'"<>]*""", '\n'.join(page.text))})
 
 def check(out):
     "Everything wrong with the pages below `out`, the links outside with how often they are there, and the links looked at"
