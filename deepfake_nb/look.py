@@ -281,7 +281,7 @@ class Look(w.VBox):
         self.exported,self._halt,self._thread,self._asked,self._one,self._last = None,threading.Event(),None,0,threading.Lock(),0.
         wide = w.Layout(width='auto', flex='1 1 14em', max_width='calc(100% - 4px)')
         self.model = w.Dropdown(options=[(getattr(x, 'name', None) or Path(x).name, i) for i,x in enumerate(self.folders)], description='Detector', layout=wide)
-        self.path = w.Text(description='Film', placeholder='its path on this machine', layout=wide); self.upload = Upload()
+        self.path = w.Text(description='Film', placeholder='its path on this machine', continuous_update=False, layout=wide); self.upload = Upload()
         self.run,self.stop = w.Button(description='Run', button_style='primary'),w.Button(description='Stop', disabled=True)
         self.bar = w.FloatProgress(max=1, layout=w.Layout(width='auto', flex='1 1 8em')); self.words,self.timeline,self.moment = w.HTML(),Timeline(),w.HTML()
         self.run.on_click(lambda _: self.start()); self.stop.on_click(lambda _: self.halt()); self.timeline.observe(lambda _: self.look_at(), 'chosen')

@@ -13,6 +13,7 @@ CELLS = ('from deepfake_nb.look import Look\nboard = Look(["{model}"], every=.5)
          'from deepfake_nb.look import Timeline\nTimeline(tracks=[dict(name=n, answer="", moments=[[t, t+.1, .5, 1] for t in ts]) for n,ts in (("face 0", range(9)), ("face 1", range(5, 9)))], seconds=10.)')
 
 CONNECTED = "() => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus==='connected'"
+BUSY = "() => void window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code:'import ctypes; ctypes.PyDLL(None).sleep(2)'})" # the interpreter stands still: Lab hands widgets a thread of their own, which a busy cell does not hold up
 
 def settings(folder):
     "A Lab of its own: nothing of the user's is read or written, no news are asked for"
@@ -70,9 +71,9 @@ def opened(g):
     t = wait_for(there); settled(g); return t,picture(g)
 
 def now(g): return board(g).locator('[role=slider][tabindex="0"]').get_attribute('aria-valuenow')
-def step(g, key):
-    "A key, and the other moment that it leads to"
-    old = now(g); g.keyboard.press(key); wait_for(lambda: now(g)!=old); return opened(g)
+def step(g, do):
+    "A click or a key, and the other moment that it leads to: the picture follows a frame later, so the old one may still stand when it is asked too soon"
+    old = now(g); do(); wait_for(lambda: now(g)!=old); return opened(g)
 
 def judge(g, path, has):
     "By its path, from the text field to the last word"
@@ -99,24 +100,25 @@ def test_it_was_live(page, lab):
     assert len({n for n in seen if n})>=3 and answered; words(page, 'moments judged'); settled(page)
 
 def test_click_and_keys(page, judged, lab):
-    face = faces(page).first; b = face.bounding_box(); at = []
-    for x in (.3,.7): face.click(position=dict(x=b['width']*x, y=60)); at.append(opened(page))
+    face = faces(page).first; b = face.bounding_box(); at = []; face.focus(); page.keyboard.press('Home'); opened(page)
+    for x in (.3,.7): at.append(step(page, lambda: face.click(position=dict(x=b['width']*x, y=60))))
     assert at[0][0]<at[1][0] and at[0][1]!=at[1][1] # another moment, another face
-    for k in ('ArrowLeft','ArrowRight','Home','End'): at.append(step(page, k))
+    for k in ('ArrowLeft','ArrowRight','Home','End'): at.append(step(page, lambda: page.keyboard.press(k)))
     t = [x for x,_ in at]; assert t[2]<t[1]==t[3] and t[4]==float(face.get_attribute('aria-valuemin')) and t[5]==float(face.get_attribute('aria-valuemax'))
     assert face.evaluate('x => x===document.activeElement && getComputedStyle(x).outlineStyle')=='solid' # still there, and to be seen
     shot(page, lab, 'keys')
 
 def test_keys_alone(page, judged):
-    "From the text field on, never a mouse: to Run, and to the picture of a moment"
-    board(page).get_by_label('Film').focus(); page.keyboard.press('Control+a'); page.keyboard.type(str(sample('man_then_cartoon'))); seen = []
+    "From the text field on, never a mouse: to Run, and to the picture of a moment; the whole path arrives though the kernel stands still while it is typed"
+    page.evaluate(BUSY); board(page).get_by_label('Film').focus(); page.keyboard.press('Control+a'); page.keyboard.type(str(sample('man_then_cartoon'))); seen = []
     def tab(to):
         for _ in range(6):
             page.keyboard.press('Tab'); seen.append(page.evaluate('() => document.activeElement.getAttribute("aria-label") || document.activeElement.innerText || document.activeElement.type'))
             if to in seen[-1]: return
         raise AssertionError(f'no {to!r} in {seen}')
-    stop = board(page).get_by_role('button', name='Stop'); tab('Run'); page.keyboard.press('Enter'); wait_for(stop.is_enabled); wait_for(lambda: not stop.is_enabled()); settled(page)
-    tab('scores over time'); old = opened(page); new = step(page, 'ArrowRight')
+    stop = board(page).get_by_role('button', name='Stop'); tab('Run'); page.keyboard.press('Enter')
+    wait_for(stop.is_enabled); wait_for(lambda: not stop.is_enabled()); settled(page)
+    tab('scores over time'); old = opened(page); new = step(page, lambda: page.keyboard.press('ArrowRight'))
     assert old[0]<new[0] and old[1]!=new[1]
 
 def test_from_face_to_face(page):
