@@ -7,7 +7,7 @@ __all__ = ['ENDED', 'STALE', 'READ', 'KEEP', 'COLOURS', 'pace', 'Eta', 'ended', 
            'Screen', 'terminal_size', 'mode_of', 'Lines', 'Look', 'follow', 'Bar', 'board', 'Board']
 
 # %% ../nbs/34c_progress.ipynb #cdf51924
-import os,re,sys,time,unicodedata,matplotlib.pyplot as plt
+import errno,os,re,sys,time,unicodedata,matplotlib.pyplot as plt
 from collections import deque
 from contextlib import contextmanager
 from math import inf,isfinite
@@ -224,6 +224,13 @@ def _encodes(stream, text):
     try: text.encode(getattr(stream, 'encoding', None) or 'utf-8'); return True
     except UnicodeEncodeError: return False
 
+# %% ../nbs/34c_progress.ipynb #6bf78337
+def _deaf(stream):
+    "From now on it leads nowhere. What its buffer holds is written once more when Python ends: into a terminal that has gone that makes the exit code of a good training 120"
+    try: fd = stream.fileno()
+    except (OSError,ValueError,AttributeError): return # no file, or closed
+    null = os.open(os.devnull, os.O_WRONLY); os.dup2(null, fd); os.close(null)
+
 # %% ../nbs/34c_progress.ipynb #154a2a17
 class Lines:
     "One line a run: redrawn in place in a terminal and on a page, seldom written in a log"
@@ -244,7 +251,9 @@ class Lines:
     def _write(self, text):
         "A terminal that has gone away must not end a training: from then on there is nobody to tell"
         try: self.stream.write(text); self.stream.flush()
-        except (OSError,ValueError): self.mode = 'none'
+        except (OSError,ValueError) as e:
+            self.mode = 'none'
+            if getattr(e, 'errno', None) in (errno.EIO,errno.EPIPE): _deaf(self.stream) # a full disk can have room again
 
 # %% ../nbs/34c_progress.ipynb #be70e55e
 @patch

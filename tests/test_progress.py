@@ -135,8 +135,9 @@ def test_one_live_line_in_a_training(tmp_path):
         got = term.read(shows('done')); assert len(got)==1 and term.p.wait(30)==0 and (tmp_path/'end').read_text()=='terminal'
     finally: term.close()
 
-def test_a_terminal_that_goes_away_does_not_end_a_training(tmp_path):
-    term = Terminal(TRAIN, tmp_path/'end'); term.read(shows(' 5/60')); os.close(term.master)
+@pytest.mark.parametrize('unbuffered', ['','1'])
+def test_a_terminal_that_goes_away_does_not_end_a_training(tmp_path, unbuffered):
+    term = Terminal(TRAIN, tmp_path/'end', PYTHONUNBUFFERED=unbuffered); term.read(shows(' 5/60')); os.close(term.master)
     assert term.p.wait(60)==0 and (tmp_path/'end').read_text()=='none'
 
 @pytest.mark.parametrize('how', ['file','ci'])
