@@ -361,23 +361,30 @@ def save_weights(
 # %% ../nbs/32_checkpoints.ipynb #71181ab9
 def card_of(
     folder, # of the model
-    name:str='', # as saved by `save_weights`; '' is the newest checkpoint, or what was exported to this folder
+    name:str='', # as saved by `save_weights`; '' is what was exported to this folder, else the newest checkpoint
 )->tuple: # the card, the path of the weights: both verified
     "What is known of a model, and where its weights are"
-    folder = Path(folder); found = None if name else latest(folder)
+    folder = Path(folder); found = None if name or (folder/'card.json').exists() else latest(folder)
     stem = name or (found.stem if found else 'card')
     if not (folder/f'{stem}.json').exists(): raise CheckpointError(folder/name, 'no such model', f"There are: {', '.join(sorted(p.stem for p in folder.glob('*.json'))) or 'none'}")
     if why := damage(folder, stem): raise CheckpointError(folder/stem, why, 'Restore it from a copy')
     card = _manifest(folder, stem)
     return card,folder/next(f for f in card['files'] if f.endswith('.safetensors'))
 
+# %% ../nbs/32_checkpoints.ipynb #9ee002c6
+def _fits(card, path):
+    "Settings of a model no larger than its weights: counted without memory"
+    if big := [k for k,v in card['config'].items() if isinstance(v, (int,float)) and abs(v)>2**14]: raise CheckpointError(path, f'settings of a giant ({big[0]})', 'Take the folder again from somebody you trust')
+    with torch.device('meta'): need = sum(v.numel()*min(v.itemsize, 2) for v in build(card, path).state_dict().values())
+    if need>path.stat().st_size: raise CheckpointError(path, f'{path.stat().st_size:,} bytes, and its settings describe a model of {need:,} at least', 'Take the folder again from where it came from')
+
 def load_model(
     folder, # of the model
-    name:str='', # as saved by `save_weights`; '' is the newest checkpoint, or what was exported to this folder
+    name:str='', # as saved by `save_weights`; '' is what was exported to this folder, else the newest checkpoint
 ): # the module, in eval mode, with its card as `.card`
     "Build a model from its own card and fill it strictly"
     card,path = card_of(folder, name)
-    model = fill(build(card, path), path, card['model']).eval()
+    _fits(card, path); model = fill(build(card, path), path, card['model']).eval()
     model.card = card
     return model
 

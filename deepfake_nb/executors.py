@@ -472,7 +472,7 @@ def skypilot_yaml(
     gpu:str='RTX4090', # card, one of `CARDS`
     price:float=.39, # dollars an hour, at most
     count:int=1, # cards
-    hours:float=12.8, # until the machine stops itself
+    hours:float=20., # until the machine stops itself, at the latest: the five-dollar plan takes 15, and 20 with every extension
     disk:int=60, # GB of the machine's own disk
     spot:bool=False, # cheaper, and may be taken away at any moment
     where:str='runpod', # runpod, runpod/COUNTRY or runpod/COUNTRY/DATACENTER

@@ -9,10 +9,10 @@ __all__ = ['OPSET', 'Parity', 'RATES', 'LIMITS', 'ExportError', 'Point', 'needed
            'export_main']
 
 # %% ../nbs/47_export.ipynb #92c4957c
-import argparse,csv,hashlib,json,math,os,re,shutil,sys,uuid,warnings
+import argparse,csv,fcntl,hashlib,json,math,os,re,shutil,sys,uuid,warnings
 import numpy as np,pandas as pd,timm,torch
 from collections import namedtuple
-from contextlib import contextmanager
+from contextlib import ExitStack,contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
@@ -26,7 +26,7 @@ from .datasets import ABOUT
 from .metrics import MetricError
 from .bias import wilson
 from .calibration import TEMPERATURES,fit_temperature
-from .checkpoints import LARGEST,CheckpointError,build,card_of,load_model,save_weights
+from .checkpoints import LARGEST,CheckpointError,card_of,save_weights
 from .evaluation import EvaluationError
 from .scoring import Detector,load_detector,video_table
 from .fusion import Fusion,FusionError,find_members,load_fusion
@@ -41,14 +41,14 @@ class Point:
     "From where a score says fake, up to where it says real; between them nobody can tell"
     fake_at:float|None # score >= this: 'fake'; None: the counts can't carry the rate
     real_at:float|None # score <= this: 'real'
-    false_alarms:dict # rate (asked), k of n calibration reals at or above `fake_at`, lo and hi of that share (Wilson, 95 %)
-    misses:dict # rate, k of n fakes at or below `real_at`, lo, hi
+    false_alarms:dict # rate (asked); k of n calibration reals at or above `fake_at`; share of them where each of `people` counts once, its lo and hi (95 %)
+    misses:dict # the same of fakes at or below `real_at`
     note:str='' # what must be said with it
 
 def needed(
     rate:float, # 0..1
 )->int:
-    "How many reals the promise of a false-alarm rate takes"
+    "How many people the promise of a rate takes"
     return math.ceil(1/rate-1e-9)-1
 
 # %% ../nbs/47_export.ipynb #5ce66a33
@@ -87,42 +87,55 @@ class Calibration:
         d = self.table; return {f'{k}{s}':int(v) for y,k in enumerate(('real','fake')) for s,v in (('',(d.label==y).sum()), ('_people',d.group[d.label==y].nunique()))}|dict(people=int(d.group.nunique()))
 
 # %% ../nbs/47_export.ipynb #8507338a
-def _cut(s, rate):
-    "The lowest value that a new one, drawn like these, reaches in at most `rate`; None if there are too few"
-    s = np.sort(s)[::-1]; k = int(rate*(len(s)+1)+1e-9)
-    return float(np.nextafter(s[k-1], 2)) if k else None
+def _voices(groups, people): # a person's rows share his one voice; in a rehearsal each row has one
+    return 1/groups.map(groups.value_counts()).to_numpy(float) if people else np.ones(len(groups))
 
-def _share(rate, said):
-    "What was asked, and what these rows do"
-    if said is None: return dict(rate=rate, k=None, n=0, lo=None, hi=None)
-    k,n = int(said.sum()),len(said); lo,hi = wilson(k, n)
-    return dict(rate=rate, k=k, n=n, lo=float(lo), hi=float(hi))
+def _cut(s, w, rate):
+    "The lowest value that a row of a new person, drawn like these, reaches in at most `rate`; None if they are too few"
+    P = round(w.sum())
+    if P<needed(rate): return None
+    v,i = np.unique(-s, return_inverse=True); over = np.bincount(i, w).cumsum()>rate*(P+1)-1+1e-9
+    return float(np.nextafter(-v[over.argmax()], 2))
 
+# %% ../nbs/47_export.ipynb #0f8799a0
+def _share(rate, said, w):
+    "What was asked, and what these people do; Wilson's interval over people"
+    n,P = len(w),round(w.sum())
+    if said is None: return dict(rate=rate, k=None, n=n, share=None, people=P, lo=None, hi=None)
+    p = float(w@said/P); lo,hi = wilson(p*P, P)
+    return dict(rate=rate, k=int(said.sum()), n=n, share=p, people=P, lo=float(lo), hi=float(hi))
+
+# %% ../nbs/47_export.ipynb #734b7e12
 @patch
 def at(self:Calibration,
     false_alarms:float=.05, # of reals, at most, called fake
     misses:float=.05, # of fakes, at most, called real
-    people:bool=True, # must there be people enough for a promise to strangers? False: a rehearsal on those few
+    people:bool=True, # count people, for a promise to strangers? False: a rehearsal, each row as a person of its own
 )->Point:
-    "Thresholds that keep both promises, as far as the counts, of rows and of people, can carry them"
+    "Thresholds that keep both promises, as far as the people can carry them"
     for w,r in (('false alarms',false_alarms),('misses',misses)):
         if isinstance(r, bool) or not isinstance(r, (int,float)) or not 0<r<1: raise ExportError(w, f'the rate {r!r} is not between 0 and 1', 'Say .05 for five in a hundred')
-    real,fake = (self.table.score[self.table.label==y].to_numpy() for y in (0,1))
-    few = {k:people and self.counts[f'{k}_people']<needed(q) for k,q in (('real',false_alarms),('fake',misses))}
-    f,r = None if few['real'] else _cut(real, false_alarms),None if few['fake'] else _cut(-fake, misses); r = None if r is None else -r
-    met = f is not None and r is not None and r>=f
+    (real,v),(fake,w) = ((d.score.to_numpy(),_voices(d.group, people)) for d in (self.table[self.table.label==y] for y in (0,1)))
+    f,r = _cut(real, v, false_alarms),_cut(-fake, w, misses); f,r = f if f is not None and f<=1 else None,-r if r is not None and r<=0 else None
+    met = None not in (f,r) and r>=f
     if met: f = (f+r)/2; r = float(np.nextafter(f, -2))
-    a,m = (dict(_share(q, None if at is None else said(at)), n=len(s)) for q,at,s,said in ((false_alarms,f,real,lambda t: real>=t),(misses,r,fake,lambda t: fake<=t)))
-    return Point(f, r, a, m, _point_words(self, false_alarms, misses, f, r, met, people))
+    a,m = _share(false_alarms, None if f is None else real>=f, v),_share(misses, None if r is None else fake<=r, w)
+    return Point(f, r, a, m, _point_words(self, a, m, f, r, met, people))
 
 # %% ../nbs/47_export.ipynb #163644f4
-def _point_words(c, false_alarms, misses, f, r, met, people):
+def _heads(n): return f"{n} {'person' if n==1 else 'people'}"
+
+def _point_words(c, a, m, f, r, met, people):
     "What must be said with two thresholds"
-    n,of = c.counts,dict(real=('false alarms',false_alarms,f,'fake'), fake=('misses',misses,r,'real')); say = []
-    for k,(what,rate,at,word) in of.items():
-        who = people and n[f'{k}_people']<needed(rate); m,unit = (n[f'{k}_people'],'people') if who else (n[k],f'{c.unit}s')
-        if at is None: say.append(f"{n[k]} {k} {c.unit}s of {m} {'person' if m==1 else 'people'} can promise strangers {1/(m+1):.0%} of {what} at best, {rate:.3g} needs {needed(rate)} people: nothing is called {word}" if who else f'{m} {k} {unit} can promise {1/(m+1):.1%} of {what} at best, {rate:.3g} needs {needed(rate)}: nothing is called {word}')
-    if n['people']<min(n['real'], n['fake']): say.append(f"all of them are of {n['people']} {'person' if n['people']==1 else 'people'}: on others the rates may differ")
+    n,say = c.counts,[]
+    for k,d,at,what,word in (('real',a,f,'false alarms','fake'),('fake',m,r,'misses','real')):
+        P,rate = d['people'],d['rate']
+        if at is not None: continue
+        if P>=needed(rate): why = f"too many {k} {c.unit}s score {1 if k=='real' else 0}: no threshold keeps {rate:.3g} of {what}"
+        else: why = f'{n[k]} {k} {c.unit}s of {_heads(P)} can promise strangers {1/(P+1):.0%} of {what} at best, {rate:.3g} needs {needed(rate)} people' if people else f'{P} {k} {c.unit}s can promise {1/(P+1):.1%} of {what} at best, {rate:.3g} needs {needed(rate)}'
+        say.append(f'{why}: nothing is called {word}')
+    R,F = n['real_people'],n['fake_people']
+    if not people and (R<n['real'] or F<n['fake']): say.append(f"{f'all of them are of {_heads(R)}' if R==F==n['people'] else f'the reals are of {_heads(R)}, the fakes of {_heads(F)}'}: on others the rates may differ")
     if met: say.append('reals and fakes lie so far apart that one cut keeps both promises')
     if c.rehearsal: say.append('a rehearsal: its fakes are made here')
     return '; '.join(say)
@@ -304,16 +317,21 @@ def backbone_licence(
 # %% ../nbs/47_export.ipynb #25c615a1
 def about_card(
     card:dict, # of `save_weights`
-)->dict: # name, model, length, selection, trained_on, sets, people (how many; None: the card doesn't say), qp, backbone, licences, onnx
+)->dict: # name, model, length, selection, trained_on, sets, people (how many; None: the card doesn't say), qp, backbone, licences, onnx, licence (what it is handed on under; '': not said)
     "What a card says that a user must know"
     x = card['extra']; rows = list(x.get('trained_on') or ()); who = {p for r in rows for p in r.get('people') or ()}; sets = list(dict.fromkeys(s for r in rows for s in (r.get('sets') or [r.get('dataset') or r.get('data') or '?'])))
     b = str(card['config'].get('backbone', '')); made = x.get('exported') or {}
-    return dict(name=made.get('name') or card.get('name') or '', model=card['model'], length=x.get('length'), selection=x.get('selection', ''), trained_on=rows, sets=sets, people=len(who) or None, qp=x.get('qp'), backbone=b, licences=dict(backbone={b:backbone_licence(b)}, data={s:terms_of(s) for s in sets}), onnx=made.get('onnx'))
+    return dict(name=made.get('name') or card.get('name') or '', model=card['model'], length=x.get('length'), selection=x.get('selection', ''), trained_on=rows, sets=sets, people=len(who) or None, qp=x.get('qp'), backbone=b, licences=dict(backbone={b:backbone_licence(b)}, data={s:terms_of(s) for s in sets}), onnx=made.get('onnx'), licence=made.get('licence') or '')
 
 # %% ../nbs/47_export.ipynb #79e41ed9
 RATES = (.01,.05,.1) # false alarms that a model card speaks of
 
-def _md(x): return re.sub(r'[\x00-\x1f]+', ' ', str(x)).replace('|', '/').replace('<', '(').replace('>', ')').replace('`', "'") # what a stranger wrote, in a table
+def _md(x):
+    "What a stranger wrote, as words: no table, no code, no picture, no link (`[`, `://`, `www.`), no heading, nothing in bold"
+    t = re.sub(r'[\x00-\x1f]+', ' ', str(x)).replace('|', '/').replace('<', '(').replace('>', ')').replace('`', "'")
+    return re.sub(r'[\\\[\]!*~]|(?<!\w)#|(?<![^\W_])_|_(?![^\W_])|(?<=:)/(?=/)|(?<=www)\.', r'\\\g<0>', t, flags=re.I)
+
+# %% ../nbs/47_export.ipynb #17a81632
 def _rows(head, rows): return ['| '+' | '.join(head)+' |', '|'+'---|'*len(head), *('| '+' | '.join(map(_md, r))+' |' for r in rows), '']
 
 def _hidden(text, names):
@@ -323,12 +341,10 @@ def _hidden(text, names):
 
 def _points(c):
     "A row for each rate of a calibration"
-    fakes = c.table.score[c.table.label==1].to_numpy()
+    fake = c.table[c.table.label==1]; v = _voices(fake.group, True); say = lambda d: 'none' if d['k'] is None else f"{d['share']:.1%} [{d['lo']:.1%}, {d['hi']:.1%}] of {_heads(d['people'])}, {d['k']} of {d['n']} {c.unit}s"
     for r in RATES:
-        p = c.at(r, r); a,m = p.false_alarms,p.misses
-        caught = '' if p.fake_at is None else (lambda k: f"{k} of {len(fakes)} [{wilson(k, len(fakes))[0]:.1%}, {wilson(k, len(fakes))[1]:.1%}]")(int((fakes>=p.fake_at).sum()))
-        say = lambda at,d: 'none' if at is None else f"{d['k']} of {d['n']} [{d['lo']:.1%}, {d['hi']:.1%}]"
-        yield [f'{r:.0%}', *('none' if t is None else f'{t:.4f}' for t in (p.fake_at,p.real_at)), say(p.fake_at, a), caught, say(p.real_at, m), p.note]
+        p = c.at(r, r); caught = _share(r, None if p.fake_at is None else fake.score.to_numpy()>=p.fake_at, v)
+        yield [f'{r:.0%}', *('none' if t is None else f'{t:.4f}' for t in (p.fake_at,p.real_at)), *map(say, (p.false_alarms,caught,p.misses)), p.note]
 
 # %% ../nbs/47_export.ipynb #86a157a8
 def _result_row(t):
@@ -355,16 +371,16 @@ LIMITS = ('It looks at faces. A synthetic scene, a forged voice or a true film w
 def model_card(
     e, # an `Exported`
     results=(), # of `load_result`
-    licence:str='', # an identifier for the head of the page; '': that of a non-commercial backbone, or 'other'
+    licence:str='', # an identifier for the head of the page; '': that of its card, of a non-commercial backbone, or 'other'
     names=(), # of people, to be left out
 )->str: # Markdown with a YAML head
     "What a person must know before he uses it"
-    a,c = e.about,e.calibration; nc = next((l for l in a['licences']['backbone'].values() if '-nc' in l.lower()), ''); hide = lambda t: _md(_hidden(str(t), names))
+    a,c = e.about,e.calibration; licence = licence or a['licence']; nc = next((l for l in a['licences']['backbone'].values() if '-nc' in l.lower()), ''); plain = lambda t: _hidden(str(t), names); hide = lambda t: _md(plain(t))
     res = ['---', f"license: {licence or nc or 'other'}", *(['license_name: see-the-section-licences'] if not (licence or nc) else []), 'library_name: deepfake_nb', 'pipeline_tag: video-classification', 'tags: [deepfake-detection, face-forgery]', '---', '', f'# {_md(e.name)}', '', _what(e), '']
     res += ['## Use', '', f'`load_exported(folder)` in Python, `deepfake-nb detect FILE --model FOLDER` in a shell. sha256 {e.sha256}.', '', '## Trained on', '', *_rows(['stage','set','compression','part','videos','people'], _trained_rows(a))]
-    res += [f"{a['people']} people in all." if a['people'] else 'The card does not name people.', '', f"Codec range of the training: QP {a['qp'][0]} to {a['qp'][1]}." if a['qp'] else 'Codec range of the training: not stated.', '', '## How it was chosen', '', hide(a['selection']), '']
-    res += ['## Results', '']+([_hidden(x, names) for x in _rows(['set','relation','level','AUC [95 %]','counts','fakes','answered'], [_result_row(t) for r in results for t in r['targets']])]+['What must be read with them:', '', *dict.fromkeys(f'* {hide(x)}' for r in results for x in r['caveats']), ''] if results else ['None was exported with it: nobody can say how good it is.', ''])
-    res += ['## What a score means', '', *_meaning(c, hide), '## What it can\'t do', '', *(f'* {x}' for x in LIMITS), '', '## Licences', '', *_licence_lines(a), '', '## Files', '', *_file_lines(e), '']
+    res += [f"{_heads(a['people'])} in all." if a['people'] else 'The card does not name people.', '', f"Codec range of the training: QP {a['qp'][0]} to {a['qp'][1]}." if a['qp'] else 'Codec range of the training: not stated.', '', '## How it was chosen', '', hide(a['selection']), '']
+    res += ['## Results', '']+([*_rows(['set','relation','level','AUC [95 %]','counts','fakes','answered'], [[plain(x) for x in _result_row(t)] for r in results for t in r['targets']]), 'What must be read with them:', '', *dict.fromkeys(f'* {hide(x)}' for r in results for x in r['caveats']), ''] if results else ['None was exported with it: nobody can say how good it is.', ''])
+    res += ['## What a score means', '', *_meaning(c, a.get('chosen', 0), plain), '## What it can\'t do', '', *(f'* {x}' for x in LIMITS), '', '## Licences', '', *_licence_lines(a), '', '## Files', '', *_file_lines(e), '']
     return '\n'.join(res)
 
 # %% ../nbs/47_export.ipynb #399cc662
@@ -373,12 +389,12 @@ def _what(e):
     if e.fusion is not None: return f"{len(e.members)} detectors ({', '.join(map(_md, e.members))}) and a fusion ({e.fusion.kind}) of what they say: the probability that a face in a film is forged."
     a = e.about; return f"A detector of forged faces ({_md(a['model'])}, backbone {_md(a['backbone'])}) that looks at {'single frames' if e.length==1 else f'clips of {e.length} consecutive frames'} and gives the probability that they are forged."
 
-def _meaning(c, hide):
+def _meaning(c, chosen, plain):
     "What scores were held against"
     if c is None: return ['It has no calibration: no threshold can be recommended, .5 is none, and an honest answer is "can\'t tell".', '']
-    n = c.counts; one = lambda k: f"{n[k]} {k} {c.unit}s of {n[k+'_people']} {'person' if n[k+'_people']==1 else 'people'}"
-    return [f"Held against {hide(c.name)}: {one('real')}, {one('fake')}, whom it has not learned from. {'**A rehearsal.** ' if c.rehearsal else ''}{hide(c.note)}.", '', f"Temperature: {c.temperature:.3f}; it stretches scores about .5, and makes no threshold of it." if c.temperature else 'No temperature: the score is no probability of being right.', '',
-            *_rows(['rate asked for','fake from','real up to','reals called fake [95 %]','fakes called fake [95 %]','fakes called real [95 %]','note'], [[*map(hide, r)] for r in _points(c)]), 'Between "real up to" and "fake from": can\'t tell. The promise is about a new one of these, from where these come from. The counts are of the rows that the thresholds were taken from; the intervals are Wilson\'s, and take rows as independent.', '']
+    hide = lambda t: _md(plain(t)); n = c.counts; one = lambda k: f"{n[k]} {k} {c.unit}s of {_heads(n[k+'_people'])}"
+    return [f"Held against {hide(c.name)}: {one('real')}, {one('fake')}, whom it has not learned from. {f'**But on {chosen} of these people the checkpoint was chosen: on strangers expect more errors than the rates below.** ' if chosen else ''}{'**A rehearsal.** ' if c.rehearsal else ''}{f'{hide(c.note)}.' if c.note else ''}", '', f"Temperature: {c.temperature:.3f}; it stretches scores about .5, and makes no threshold of it." if c.temperature else 'No temperature: the score is no probability of being right.', '',
+            *_rows(['rate asked for','fake from','real up to','reals called fake [95 %]','fakes called fake [95 %]','fakes called real [95 %]','note'], [[plain(x) for x in r] for r in _points(c)]), 'Between "real up to" and "fake from": can\'t tell. The promise is about a film of a new person, from where these come from. In the shares each person counts once, whatever the number of his rows; they are of the people that the thresholds were taken from. The intervals are Wilson\'s, over people.', '']
 
 # %% ../nbs/47_export.ipynb #73b11168
 def _file_lines(e):
@@ -411,6 +427,10 @@ class Exported:
 # %% ../nbs/47_export.ipynb #70b50cc2
 _WRONG = (ValueError,TypeError,LookupError,AttributeError,RuntimeError,ArithmeticError,AssertionError,OSError,MemoryError)
 
+def _licence(path, licence): # it stands in the head of a page
+    if not re.fullmatch(r'[\w.+-]{0,64}', licence): raise ExportError(path, f'the licence {licence[:40]!r} is no identifier', 'Write it as the head of a model card does: mit, apache-2.0, cc-by-nc-4.0, other')
+
+# %% ../nbs/47_export.ipynb #4a6eeffa
 def _card(folder, name):
     "A verified card whose parts are what they should be"
     at = Path(folder)/f'{name}.json'; _plain(at) if at.exists() else None; card,path = card_of(folder, name); x = card.get('extra')
@@ -421,21 +441,16 @@ def _card(folder, name):
     if any(not isinstance(r.get(k) or '', (str,int)) for r in rows for k in ('dataset','data','stage','compression','split','videos','groups')): no('its `trained_on` has words that are none')
     if n is not None and (isinstance(n, bool) or not isinstance(n, int) or not 1<=n<=4096): no(f'a clip of {str(n)[:20]} frames')
     if qp is not None and not (isinstance(qp, list) and len(qp)==2 and all(isinstance(q, (int,float)) and 0<=q<=64 for q in qp)): no(f'a codec range of {str(qp)[:30]}')
-    if not isinstance(x.get('exported') or {}, dict) or any(not isinstance(v, str) for v in [(x.get('exported') or {}).get('name', '')]): no('its `exported` is no table')
+    if not isinstance(x.get('exported') or {}, dict) or any(not isinstance((x.get('exported') or {}).get(k, ''), str) for k in ('name','licence')): no('its `exported` is no table')
+    _licence(at, (x.get('exported') or {}).get('licence', ''))
     return card,path
 
-# %% ../nbs/47_export.ipynb #e88a7ba4
-def _fits(card, path):
-    "Settings of a model that is no larger than the weights: counted without memory"
-    if big := [k for k,v in card['config'].items() if isinstance(v, (int,float)) and abs(v)>2**14]: raise ExportError(path, f'settings of a giant ({big[0]})', 'Take the folder again from somebody you trust')
-    with torch.device('meta'): need = sum(v.nbytes for v in build(card, path).state_dict().values())
-    if need>path.stat().st_size: raise ExportError(path, f'{path.stat().st_size:,} bytes, and its settings describe a model of {need:,}', 'Take the folder again from where it came from')
-
 # %% ../nbs/47_export.ipynb #36aad2b0
-def _detector(folder, name, device):
+def _detector(folder, name, device, length=None):
     "A verified card, and its detector"
     card,path = _card(folder, name)
-    try: _fits(card, path); return card,load_detector(folder, name, device)
+    try: return card,load_detector(folder, name, device, length=length)
+    except CheckpointError as e: raise ExportError(e.path, e.reason, e.remedy.replace('say length=', 'say length= (--length)')) from e
     except RecursionError as e: raise ExportError(path, 'its settings have no end', 'Take the folder again from somebody you trust') from e
     except _WRONG as e: raise ExportError(path, f'no model can be made of it ({str(e)[:100]})', 'Take the folder again from where it came from, or the version of the code that wrote it') from e
 
@@ -447,33 +462,49 @@ def _check_onnx(folder, about):
     if not isinstance(o, dict) or not isinstance(o.get('sha256'), str): raise ExportError(Path(folder)/'card.json', 'what it says of frames.onnx is no table', 'Export again')
     if (p := Path(folder)/'frames.onnx').is_symlink() or not p.is_file() or sha256(p)!=o['sha256']: raise ExportError(p, 'is not the file that was compared with torch (sha256 differs, or it is a link or missing)', 'Export again with onnx=True')
 
-def _strangers(folder, cal, cards):
-    "Nobody of a calibration was trained on"
-    who = {p for c in cards for r in c['extra'].get('trained_on') or () for p in r.get('people') or ()}
-    if cal is not None and (both := sorted(who&set(cal.table.group))): raise ExportError(Path(folder)/'calibration.csv', f"{', '.join(both[:5])} ({len(both)} people) were trained on: their scores promise nothing", 'Calibrate on people the model has never seen')
+# %% ../nbs/47_export.ipynb #10c37e7a
+_OURS = re.compile(r'(members/[^/]+/)?(README\.md|card\.json|card-[0-9a-f]{8}\.safetensors|fusion\.json|frames\.onnx|calibration\.(csv|json)|results/[^/]+\.json)')
+
+def _foreign(folder): # names of files that no export wrote
+    return sorted(str(q) for p in Path(folder).rglob('*') if (p.is_symlink() or not p.is_dir()) and not _OURS.fullmatch((q := p.relative_to(folder)).as_posix()))
+
+def _odd(folder, about):
+    if bad := _foreign(folder)+['frames.onnx']*(not about['onnx'] and (Path(folder)/'frames.onnx').exists()): about['said'].append(f"In its folder lies what is no part of it, and is not read: {', '.join(ascii(x)[1:-1][:60] for x in bad[:5])}{' and more' if bad[5:] else ''}")
+
+# %% ../nbs/47_export.ipynb #9d7aaa52
+def _strangers(folder, cal, cards, about):
+    "Nobody of a calibration was trained on, and it is said of how many the scores were looked at before"
+    learned,chosen = ({p for c in cards for r in c['extra'].get('trained_on') or () for p in r.get(k) or ()} for k in ('people','chosen_on')); mine = set() if cal is None else set(cal.table.group)
+    if both := sorted(learned&mine): raise ExportError(Path(folder)/'calibration.csv', f"{', '.join(both[:5])} ({len(both)} people) were trained on: their scores promise nothing", 'Calibrate on people the model has never seen')
+    about['chosen'] = len(chosen&mine)
+    if about['chosen']: about['said'].append(f"On {about['chosen']} of the {len(mine)} people of the calibration the checkpoint was chosen: on strangers expect more errors than the rates say")
 
 # %% ../nbs/47_export.ipynb #9cb3ffc9
 def _one(folder, device, name='card'):
     "A single model"
     card,d = _detector(folder, name, device); about = about_card(card)|dict(said=[]); d.name = about['name'] or d.name; cal = load_calibration(folder, d.sha256) if name=='card' else None
     if name!='card': about |= dict(name=name, said=[f'{Path(folder).name}#{name} is a checkpoint and no exported model: it has no calibration, so nobody can say from which score on a face is called fake. Export it with the results of an evaluation (`deepfake-nb export`)'])
-    elif cal is None: about['said'].append('It was exported without a calibration: no threshold is known')
-    about['length'] = d.length; _strangers(folder, cal, [card]); _check_onnx(folder, about)
+    else: _odd(folder, about)
+    if name=='card' and cal is None: about['said'].append('It was exported without a calibration: no threshold is known')
+    about['length'] = d.length; _strangers(folder, cal, [card], about); _check_onnx(folder, about)
     return Exported(Path(folder), d, {about['name']:d}, None, cal, card, about)
 
 # %% ../nbs/47_export.ipynb #ae6fbeb3
+def _fusion(path):
+    "What `integrate` wrote, or an error"
+    try: return load_fusion(_plain(path))
+    except FusionError as e: raise ExportError(path, str(e).removeprefix(f'{path}: '), 'Take the folder again, or fit the fusion again (integrate)') from e
+
 def _team(folder, device):
     "A fusion and its members"
-    folder = Path(folder); path = _plain(folder/'fusion.json')
-    try: f = load_fusion(path)
-    except FusionError as e: raise ExportError(path, str(e).removeprefix(f'{path}: '), 'Take the folder again, or fit the fusion again (integrate)') from e
+    folder = Path(folder); path = folder/'fusion.json'; f = _fusion(path)
     for n in f.weights: _member_name(path, n)
     if lacking := [n for n in f.weights if not (folder/'members'/n/'card.json').is_file()]: raise ExportError(folder/'members', f"{', '.join(lacking)} not there: a fusion without its members", 'Export it with them (`export_team`, `deepfake-nb export --fusion`)')
     got = {n:_one(folder/'members'/n, device) for n in f.weights}
     for n,e in got.items(): _same_member(path, f, n, e.sha256); e.detector.name = n
     sha = sha256(path); about = _team_about(folder.name, f, sha, {n:e.about for n,e in got.items()}); cal = load_calibration(folder, sha); cards = {n:e.card for n,e in got.items()}
     if cal is None: about['said'].append('It was exported without a calibration: no threshold is known')
-    _strangers(folder, cal, cards.values())
+    _strangers(folder, cal, cards.values(), about); _odd(folder, about)
     return Exported(folder, None, {n:e.detector for n,e in got.items()}, f, cal, cards, about)
 
 # %% ../nbs/47_export.ipynb #f582e0ce
@@ -489,48 +520,87 @@ def _same_member(path, f, n, sha):
 def _team_about(name, f, sha, members):
     "What is known of all together"
     qp = [a['qp'] for a in members.values()]; join = lambda k: {x:w for a in members.values() for x,w in a['licences'][k].items()}; both = None if None in qp else [max(q[0] for q in qp), min(q[1] for q in qp)]
-    who = {p for a in members.values() for r in a['trained_on'] for p in r.get('people') or ()}
+    who = {p for a in members.values() for r in a['trained_on'] for p in r.get('people') or ()}; lic = {a['licence'] for a in members.values()}
     return dict(name=name, fusion=sha, model='Fusion', length=max(a['length'] for a in members.values()), members=members, trained_on=[r for a in members.values() for r in a['trained_on']], sets=list(dict.fromkeys(s for a in members.values() for s in a['sets'])), people=len(who) or None,
-        qp=both if both and both[0]<both[1] else None, selection=f'fusion: {f.fitted_on}. '+' '.join(f"{n}: {a['selection']}." for n,a in members.items()), backbone=', '.join(dict.fromkeys(a['backbone'] for a in members.values())), licences=dict(backbone=join('backbone'), data=join('data')), onnx=None, said=[])
+        qp=both if both and both[0]<both[1] else None, selection=f'fusion: {f.fitted_on}. '+' '.join(f"{n}: {a['selection']}." for n,a in members.items()), backbone=', '.join(dict.fromkeys(a['backbone'] for a in members.values())), licences=dict(backbone=join('backbone'), data=join('data')), onnx=None, licence=next(iter(lic)) if len(lic)==1 else '', said=[])
 
 # %% ../nbs/47_export.ipynb #78828689
+def _aside(out): # where a folder is written, and where the one goes that it replaces
+    return [(p := Path(out).expanduser().absolute()).with_name(f'.{p.name}.{s}') for s in ('part','old')]
+
+# %% ../nbs/47_export.ipynb #6d9d1e8f
 def _where(source):
     "Folder and name of weights: 'folder#name', an exported model, or what a training kept last"
     text = str(source); folder,_,name = text.rpartition('#') if '#' in text and not Path(text).is_dir() else (text,'','')
-    if not (p := Path(folder)).is_dir(): raise ExportError(p, 'no such folder', 'Name the folder of a checkpoint or of an exported model; weights in it after a #')
+    if not (p := Path(folder)).is_dir(): raise ExportError(p, 'no such folder'+(f'; a replacement was killed here, and the model that it was to replace is {old.name}' if (old := _aside(p)[1]).exists() else ''), 'Name the folder of a checkpoint or of an exported model; weights in it after a #')
     if name or (p/'card.json').exists(): return p,name or 'card'
+    if (p/'fusion.json').exists(): raise ExportError(p, 'is a team', 'Export it as one (`export_team`, --fusion), or name one of its members')
     try: return find_members('', dict(model=p))['model']
     except FusionError as e: raise ExportError(p, str(e).removeprefix(f'{p}: '), 'Name the folder of a checkpoint or of an exported model; weights in it after a #') from e
 
+# %% ../nbs/47_export.ipynb #019a06f3
 def load_exported(
     folder, # an exported model or team; also a plain checkpoint, as 'folder' or 'folder#name'
     device:str='cpu', # or 'cuda'
 )->Exported:
     "A model or a team, verified; nothing in the folder is run"
     p = Path(folder)
+    if (p/'fusion.json').exists() and (p/'card.json').exists(): raise ExportError(p, 'is a team (fusion.json) and a model (card.json): nobody can say which', 'Take the folder again from where it came from')
     if (p/'fusion.json').exists(): return _team(p, device)
     at,name = _where(folder); return _one(at, device, name)
 
 # %% ../nbs/47_export.ipynb #04c6a507
+@contextmanager
+def _alone(path):
+    "One process at a time; the lock ends with the process that holds it"
+    while True:
+        with open(path, 'ab') as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            try: mine = os.path.samestat(os.fstat(f.fileno()), path.stat())
+            except FileNotFoundError: mine = False
+            if not mine: continue # the one before took it away
+            try: yield
+            finally: path.unlink()
+            return
+
+# %% ../nbs/47_export.ipynb #42b04723
+def _tidy(out):
+    "What a killed export left: half a folder goes, one that was put aside comes back"
+    new,old = _aside(out)
+    if old.exists() and not out.exists(): os.rename(old, out)
+    for p in (new,old): shutil.rmtree(p, ignore_errors=True)
+
+# %% ../nbs/47_export.ipynb #5aa6f6ab
 def _is_ours(p): return (p/'README.md').is_file() and ((p/'card.json').is_file() or (p/'fusion.json').is_file() and (p/'members').is_dir())
+
+# %% ../nbs/47_export.ipynb #15f93c6b
+def _free(out, force):
+    "A name that may be taken"
+    if not out.exists() and not out.is_symlink(): return
+    if not force: raise ExportError(out, 'is there already', 'Name another folder, or replace it (force=True, --force)')
+    if out.is_symlink() or not _is_ours(out): raise ExportError(out, 'is no exported model, and is not replaced', 'Name another folder')
+    if bad := _foreign(out): raise ExportError(out, f"holds what no export wrote and a replacement would delete: {', '.join(bad[:5])}{' and more' if bad[5:] else ''}", 'Move that elsewhere, or name another folder')
+
+# %% ../nbs/47_export.ipynb #e28283d0
+@contextmanager
+def _placed(out):
+    "Errors of the place where a folder is to lie"
+    try: yield
+    except OSError as e: raise ExportError(out, f'cannot be written there ({e.strerror or e})', 'Name a folder (out=, --to) in a place where you may write') from e
 
 @contextmanager
 def _whole(out, force):
     "A new folder that takes its name when it is complete"
-    out = Path(out).expanduser().absolute(); new,old = (out.with_name(f'.{out.name}.{uuid.uuid4().hex[:8]}.{s}') for s in ('part','old'))
-    if out.exists() or out.is_symlink():
-        if not force: raise ExportError(out, 'is there already', 'Name another folder, or replace it (force=True, --force)')
-        if out.is_symlink() or not _is_ours(out): raise ExportError(out, 'is no exported model, and is not replaced', 'Name another folder')
-    new.mkdir(parents=True)
-    try:
-        yield new
-        if out.exists() and force: os.rename(out, old)
-        try: os.rename(new, out)
-        except OSError as e: raise ExportError(out, 'another export was here first', 'Name another folder') from e
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-        if old.exists() and not out.exists(): os.rename(old, out)
-        shutil.rmtree(old, ignore_errors=True)
+    out = Path(out).expanduser().absolute(); new,old = _aside(out)
+    with ExitStack() as held:
+        with _placed(out): out.parent.mkdir(parents=True, exist_ok=True); held.enter_context(_alone(out.with_name(f'.{out.name}.lock'))); _tidy(out)
+        _free(out, force); held.callback(_tidy, out)
+        with _placed(out): new.mkdir()
+        try: yield new
+        except CheckpointError as e:
+            if e.path.is_relative_to(new): raise ExportError(out/e.path.relative_to(new), e.reason, e.remedy) from e # the other name is nobody's business
+            raise
+        with _placed(out): out.exists() and os.rename(out, old); os.rename(new, out)
 
 # %% ../nbs/47_export.ipynb #c7a1725b
 def _judged(results, sha):
@@ -540,14 +610,14 @@ def _judged(results, sha):
         if r['detector']['sha256']!=sha: raise ExportError(r.path, f"is a result of other weights ({r['detector']['sha256'][:12]}, not {sha[:12]})", 'Name the results of this model')
     return got
 
-def _calibrated(cal, got, test):
-    "The calibration that is given, or that of the first result that has one; and why there is none"
+def _calibrated(cal, got, test, had):
+    "The calibration that is given, else that of the first result that has one, else the one it had; and why there is none"
     if cal is not None: return cal,''
     why = ['no results were named']*(not got)
     for r,p in got:
         try: return calibration_of(p, test),''
         except ExportError as e: why.append(e.reason)
-    return None,'; '.join(why)
+    return had,'' if had is not None else '; '.join(why)
 
 # %% ../nbs/47_export.ipynb #4bb4997c
 def _finish(new, got, cal, why, sha, licence, name):
@@ -560,21 +630,37 @@ def _finish(new, got, cal, why, sha, licence, name):
     atomic_write(new/'README.md', lambda p: p.write_text(text))
 
 # %% ../nbs/47_export.ipynb #ad63ffcd
-def _with_onnx(model, new, size=224):
+def _can_onnx(asked):
+    "What writing ONNX takes, before anything is written"
+    if not asked: return
+    try: import onnx,onnxruntime,onnxscript
+    except ImportError as e: raise ExportError('frames.onnx', f'cannot be written: {e}', 'pip install onnx onnxscript onnxruntime, or export without it') from e
+
+# %% ../nbs/47_export.ipynb #3568eed2
+def _with_onnx(model, new, length, size=224):
     "frames.onnx, compared with torch on pictures of noise"
-    path = export_onnx(model, new/'frames.onnx', size); x = torch.randint(0, 256, (8,3,size,size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)); p = parity(model, path, x)
-    if not p.difference<=1e-3*max(p.largest, 1e-3): raise ExportError(path, f'{p.difference:.2g} from torch, on values up to {p.largest:.2g}', 'Export without ONNX, and say so where this model comes from')
-    return dict(file='frames.onnx', sha256=sha256(path), opset=OPSET, size=size, output=frame_path(model).output, difference=p.difference, largest=p.largest)
+    x = torch.randint(0, 256, (8,3,size,size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)); no = 'Export without ONNX, and say so where this model comes from'
+    try: path = export_onnx(model, new/'frames.onnx', size, length); p = parity(model, path, x, length)
+    except _WRONG as e: raise ExportError('frames.onnx', f'cannot be written ({type(e).__name__}: {str(e)[:100]})', no) from e
+    if not p.difference<=1e-3*max(p.largest, 1e-3): raise ExportError('frames.onnx', f'{p.difference:.2g} from torch, on values up to {p.largest:.2g}', no)
+    return dict(file='frames.onnx', sha256=sha256(path), opset=OPSET, size=size, output=frame_path(model, length).output, difference=p.difference, largest=p.largest)
 
 # %% ../nbs/47_export.ipynb #b686bbfb
-def _copied(source, new, name, onnx):
-    "Verified weights with their card, byte for byte the same weights"
-    folder,weights = _where(source); card,_ = _card(folder, weights); model = load_model(folder, weights); was = card['extra'].get('exported') or {}
-    more = dict(name=name or was.get('name') or weights, weights=was.get('weights') or weights, code=was.get('code') or card.get('code'), commit=was.get('commit') or card.get('commit'), onnx=_with_onnx(model, new) if onnx else None)
-    save_weights(new, 'card', model, extra=card['extra']|dict(exported=more)); sha = lambda c: next(iter(c['files'].values()))['sha256']
+def _copied(source, new, name, onnx, licence, length):
+    "Verified weights with their card, byte for byte the same weights; of an exported model what it has"
+    folder,weights = _where(source); card,d = _detector(folder, weights, 'cpu', length); x = card['extra']; was = x.get('exported') or {}; kept = was.get('onnx')
+    if onnx: kept = _with_onnx(d.model, new, d.length)
+    elif kept: _check_onnx(folder, dict(onnx=kept)); new.mkdir(parents=True, exist_ok=True); shutil.copyfile(folder/'frames.onnx', new/'frames.onnx')
+    more = dict(name=name or was.get('name') or weights, weights=was.get('weights') or weights, code=was.get('code') or card.get('code'), commit=was.get('commit') or card.get('commit'), onnx=kept, licence=licence or was.get('licence') or '')
+    save_weights(new, 'card', d.model, extra=x|(dict(length=length) if length and not x.get('length') else {})|dict(exported=more)); sha = lambda c: next(iter(c['files'].values()))['sha256']
     if sha(card)!=(got := sha(read_json(new/'card.json'))): raise ExportError(folder/weights, f'its weights are written differently here (sha256 {got[:12]}, not {sha(card)[:12]})', 'Export with the version of safetensors and the code that wrote it')
     return got
 
+# %% ../nbs/47_export.ipynb #428234aa
+def _had(folder): # results of an exported model or team
+    return sorted((Path(folder)/'results').glob('*.json'))
+
+# %% ../nbs/47_export.ipynb #6e5db858
 def _out(out, name):
     if out: return out
     if not re.fullmatch(r'\w[\w.-]{0,63}', name): raise ExportError(name[:80], 'is no name for a folder', 'Letters, digits, dot, dash; or say where (--to)')
@@ -585,18 +671,18 @@ def export_model(
     source, # folder of a checkpoint or 'folder#name'; or an exported model
     out='', # the new folder; '': `home()/models/<name>`
     name:str='', # for people; '': that of the weights
-    results=(), # folders that `evaluate` wrote about these weights
-    calibration:Calibration=None, # None: from the first of the results that has one
-    licence:str='', # for the head of the model card; see `model_card`
+    results=(), # folders that `evaluate` wrote about these weights; none: those that an exported model has
+    calibration:Calibration=None, # None: from the first of the results that has one, else that which an exported model has
+    licence:str='', # for the head of the model card; '': that which an exported model has; see `model_card`
     onnx:bool=False, # the frame path too
+    length:int=None, # frames of a clip, where the card is older and does not say
     force:bool=False, # replace an exported model
     test:bool=False, # calibrate on a published test part, if there is nothing else
 )->Path: # the folder
     "One folder that can be handed on"
-    folder,weights = _where(source); again = weights=='card'; out = Path(_out(out, name or (folder.name if again else weights)))
-    if again and not results: results = sorted((folder/'results').glob('*.json')) # an exported model is handed on with what it has
+    folder,weights = _where(source); again = weights=='card'; out = Path(_out(out, name or (folder.name if again else weights))); _licence(out, licence); _can_onnx(onnx)
     with _whole(out, force) as new:
-        sha = _copied(source, new, name, onnx); got = _judged(results, sha); cal,why = _calibrated(calibration or (load_calibration(folder, sha) if again else None), got, test)
+        sha = _copied(source, new, name, onnx, licence, length); got = _judged(results or again and _had(folder) or (), sha); cal,why = _calibrated(calibration, got, test, load_calibration(folder, sha) if again else None)
         _finish(new, got, cal, why, sha, licence, name or read_json(new/'card.json')['extra']['exported']['name'])
     return out
 
@@ -605,21 +691,22 @@ def export_team(
     fusion, # fusion.json, or its folder
     members=None, # name -> 'folder' or 'folder#name'; None: where the fusion says they are
     out='', name:str='', # the new folder, or its name under `home()/models`; a team is called as its folder is
-    results=None, calibration:Calibration=None, licence:str='', onnx:bool=False, force:bool=False, test:bool=False, # as in `export_model`; results: None is what lies beside the fusion
+    results=None, calibration:Calibration=None, licence:str='', onnx:bool=False, length:int=None, force:bool=False, test:bool=False, # as in `export_model`; results: None is what lies beside the fusion, or what an exported team has
 )->Path: # the folder
     "A fusion and its members in one folder"
-    path = Path(fusion); path = path/'fusion.json' if path.is_dir() else path; f = load_fusion(path); out = Path(_out(out, name or path.parent.name)); sha = sha256(path)
-    results = results if results is not None else [path.parent]*(path.parent/'result.json').exists(); named = dict(members or {}); places = named|{n:_member_at(path, f, n) for n in f.weights if n not in named}
+    path = Path(fusion); path = path/'fusion.json' if path.is_dir() else path; at = path.parent; f = _fusion(path); out = Path(_out(out, name or at.name)); sha = sha256(path); _licence(out, licence); _can_onnx(onnx)
+    results = results if results is not None else [at] if (at/'result.json').exists() else _had(at); named = dict(members or {}); places = named|{n:_member_at(path, f, n) for n in f.weights if n not in named}
     if odd := sorted({*places}-{*f.weights}): raise ExportError(path, f"{', '.join(odd)}: no weight in this fusion", f"Its members are {', '.join(f.weights)}")
     with _whole(out, force) as new:
         shutil.copyfile(_plain(path), new/'fusion.json')
-        for n in f.weights: _member_name(path, n); _same_member(path, f, n, _copied(places[n], new/'members'/n, n, onnx)); e = load_exported(new/'members'/n); atomic_write(new/'members'/n/'README.md', lambda p: p.write_text(model_card(e, licence=licence, names={x for r in e.about['trained_on'] for k in ('people','chosen_on') for x in r.get(k) or ()})))
-        got = _judged(results, sha); cal,why = _calibrated(calibration, got, test); _finish(new, got, cal, why, sha, licence, out.name)
+        for n in f.weights: _member_name(path, n); _same_member(path, f, n, _copied(places[n], new/'members'/n, n, onnx, licence, length)); e = load_exported(new/'members'/n); atomic_write(new/'members'/n/'README.md', lambda p: p.write_text(model_card(e, licence=licence, names={x for r in e.about['trained_on'] for k in ('people','chosen_on') for x in r.get(k) or ()})))
+        got = _judged(results, sha); cal,why = _calibrated(calibration, got, test, load_calibration(at, sha)); _finish(new, got, cal, why, sha, licence, out.name)
     return out
 
 # %% ../nbs/47_export.ipynb #6e5dea02
 def _member_at(path, f, n):
-    "Where a fusion says that a member lies"
+    "Where a member lies: in the exported team, or where the fusion says"
+    if (path.parent/'members'/n/'card.json').is_file(): return str(path.parent/'members'/n)
     try: m = f.about['members'][n]; p = path.parent/m['folder']; return f"{p}#{m['weights']}" if m.get('weights') else str(p)
     except (LookupError, TypeError, AttributeError) as e: raise ExportError(path, f'it does not say where {n} is', 'Name it: NAME=FOLDER[#NAME]') from e
 
@@ -629,7 +716,7 @@ def export_parser()->argparse.ArgumentParser:
     p = argparse.ArgumentParser('deepfake-nb export', description='One folder that can be handed on: weights, card, results, thresholds. Of a team: --fusion.')
     p.add_argument('source', nargs='*', metavar='CHECKPOINT[#NAME]', help='folder of a checkpoint, weights in it after a #; with --fusion: NAME=FOLDER[#NAME] of members that lie elsewhere')
     for k,kw in {'--fusion':dict(metavar='FILE', help='fusion.json of the stage integrate'), '--to':dict(metavar='FOLDER', default='', help='the new folder; default: models/NAME under DEEPFAKE_NB_HOME'), '--name':dict(default='', help='what it is called'),
-        '--results':dict(metavar='FOLDER', nargs='+', action='extend', help='what the stage evaluate wrote about these weights'), '--licence':dict(default='', help='identifier for the head of the model card'), '--onnx':dict(action='store_true', help='the frame path too'),
+        '--results':dict(metavar='FOLDER', nargs='+', action='extend', help='what the stage evaluate wrote about these weights; default: what an exported model has'), '--licence':dict(default='', help='identifier for the head of the model card'), '--onnx':dict(action='store_true', help='the frame path too'), '--length':dict(type=int, metavar='N', help='frames of a clip, where the card is older and does not say'),
         '--on-test':dict(action='store_true', help='calibrate on a published test part, if there is nothing else'), '--force':dict(action='store_true', help='replace an exported model')}.items(): p.add_argument(k, **kw)
     return p
 
@@ -642,7 +729,7 @@ def export_main(
         a = (p := export_parser()).parse_args(argv); members = dict(s.split('=', 1) for s in a.source if '=' in s) if a.fusion else {}
         if (len(members)!=len(a.source)) if a.fusion else len(a.source)!=1: p.error('one CHECKPOINT, or --fusion FILE and members as NAME=FOLDER')
     except SystemExit as e: return e.code
-    kw = dict(out=a.to, name=a.name, licence=a.licence, onnx=a.onnx, force=a.force, test=a.on_test)
+    kw = dict(out=a.to, name=a.name, licence=a.licence, onnx=a.onnx, length=a.length, force=a.force, test=a.on_test)
     try: out = export_team(a.fusion, members, results=a.results, **kw) if a.fusion else export_model(a.source[0], results=a.results or (), **kw)
     except CheckpointError as e: print(f'deepfake-nb export: {e.path}: {e.reason}. Remedy: {e.remedy}', file=sys.stderr); return 1
     except (MetricError, EvaluationError, LeakError, DatasetError, OSError) as e: print(f'deepfake-nb export: {e}', file=sys.stderr); return 1

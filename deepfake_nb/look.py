@@ -7,7 +7,7 @@ __all__ = ['MOST', 'rows', 'Timeline', 'timeline_figure', 'Upload', 'opened', 'v
            'chosen', 'static']
 
 # %% ../nbs/49_look.ipynb #49eceacb
-import anywidget,tempfile,threading,time,torch,ipywidgets as w,numpy as np,matplotlib.pyplot as plt,traitlets as T
+import anywidget,os,tempfile,threading,time,torch,ipywidgets as w,numpy as np,matplotlib.pyplot as plt,traitlets as T
 from pathlib import Path
 from matplotlib import colormaps
 from fastcore.basics import patch
@@ -21,16 +21,16 @@ from .evaluation import EvaluationError
 from .export import ExportError,export_model
 from .evidence import overlay
 from .detect import DetectError,_load,detect
-from .page import WORDS,Markup,_figure,_jpeg,_sentence,_why,in_short,join,reasons,tag,telling
+from .page import WORDS,Markup,_figure,_jpeg,_sentence,_why,decided,held,in_short,join,reasons,tag,telling
 
 # %% ../nbs/49_look.ipynb #36630b0e
 def rows(
     tracks, # of a report: dicts with track, timeline, and answer once there is one
     kept=(), # (track, t0) of the moments whose frames were kept
-)->list: # a dict a face: name, answer, moments [t0, t1, score, kept]
+)->list: # a dict a face: name, answer, score, moments [t0, t1, score, kept]
     "What a timeline draws"
     kept = set(kept)
-    return [dict(name=f"face {x['track']}", answer=x.get('answer') or '', moments=[[round(m['t0'], 2), round(m['t1'], 2), None if m['score'] is None else round(m['score'], 3), int((x['track'], m['t0']) in kept)]
+    return [dict(name=f"face {x['track']}", answer=x.get('answer') or '', score=x.get('score'), moments=[[round(m['t0'], 2), round(m['t1'], 2), None if m['score'] is None else round(m['score'], 3), int((x['track'], m['t0']) in kept)]
                  for m in x['timeline']]) for x in tracks]
 
 # %% ../nbs/49_look.ipynb #7e4ccb27
@@ -42,7 +42,8 @@ function put(parent, name, attrs, text) {
   parent.append(e); return e
 }
 const middle = m => (m[0]+m[1])/2, clock = t => t < 120 ? t.toFixed(1)+' s' : Math.floor(t/60)+':'+String(Math.floor(t%60)).padStart(2, '0')
-const zone = (s, g) => s === null ? 'none' : g('fake_at') !== null && s >= g('fake_at') ? 'fake' : g('real_at') !== null && s <= g('real_at') ? 'real' : 'open'
+const over = (s, g) => g('fake_at') !== null && s >= g('fake_at') ? 'fake' : g('real_at') !== null && s <= g('real_at') ? 'real' : 'open'
+const zone = (s, row, g) => s === null ? 'none' : over(s, g) === row.answer ? row.answer : 'open' // the lines are for the mean: a moment has no other word than its face
 function step(all, room) { for (const s of [.1,.2,.5,1,2,5,10,15,30,60,120,300,600,1800,3600]) if (all/s*52 <= room) return s; return all }
 function draw(svg, row, at, g, width) {
   const end = Math.max(g('seconds'), ...row.moments.map(m => m[1]), .1), wide = Math.max(40, width-LEFT-RIGHT), high = H-TOP-LOW
@@ -60,13 +61,13 @@ function draw(svg, row, at, g, width) {
 _DRAW += r'''
   for (const s of [0, 1]) put(svg, 'text', {class: 'tick', x: LEFT-6, y: y(s)+4, 'text-anchor': 'end'}, s)
   const by = step(end, wide); for (let t = 0; t <= end; t += by) put(svg, 'text', {class: 'tick', x: x(t), y: H-4, 'text-anchor': t ? 'middle' : 'start'}, by < 1 ? t.toFixed(1) : t < 120 ? t+' s' : clock(t))
-  const said = row.moments.filter(m => m[2] !== null), mean = said.length ? said.reduce((a, m) => a+m[2], 0)/said.length : null
+  const said = row.moments.filter(m => m[2] !== null), mean = row.score ?? (said.length ? said.reduce((a, m) => a+m[2], 0)/said.length : null)
   put(svg, 'text', {class: 'title', x: LEFT, y: 15}, row.name+(row.answer ? ': '+row.answer : '')+(mean === null ? '' : `, mean ${mean.toFixed(2)}`))
   let path = '', last = null
   for (const m of row.moments) { if (m[2] === null) { last = null; continue }
     path += `${last !== null && m[0]-last <= 1.6*g('every') ? 'L' : 'M'}${x(middle(m)).toFixed(1)} ${y(m[2]).toFixed(1)}`; last = m[1] }
   put(svg, 'path', {class: 'line', d: path})
-  if (said.length*6 <= wide) for (const m of said) put(svg, 'circle', {class: zone(m[2], g)+(m[3] ? '' : ' gone'), cx: x(middle(m)), cy: y(m[2]), r: 3})
+  if (said.length*6 <= wide) for (const m of said) put(svg, 'circle', {class: zone(m[2], row, g)+(m[3] ? '' : ' gone'), cx: x(middle(m)), cy: y(m[2]), r: 3})
   if (mean !== null) put(svg, 'line', {class: 'mean', x1: LEFT, x2: right, y1: y(mean), y2: y(mean)})
   const m = row.moments[at]; if (!m) return
   put(svg, 'line', {class: 'hand', x1: x(middle(m)), x2: x(middle(m)), y1: TOP-4, y2: H-LOW+4})
@@ -114,7 +115,7 @@ _HAND += r'''
       set('aria-label', `${r.name}${r.answer ? ', '+r.answer : ''}: scores over time`); set('tabindex', k === Math.min(Math.max(0, k0), all.length-1) ? 0 : -1)
       set('aria-valuemin', r.moments.length ? middle(r.moments[0]).toFixed(2) : 0); set('aria-valuemax', r.moments.length ? middle(r.moments.at(-1)).toFixed(2) : 0)
       set('aria-valuenow', (m ? middle(m) : r.moments.length ? middle(r.moments[0]) : 0).toFixed(2))
-      const z = m ? zone(m[2], g) : ''; set('aria-valuetext', m ? `${clock(middle(m))}, ${score}${z === 'fake' ? ', above the line for fake' : z === 'real' ? ', below the line for real' : ''}` : 'no moment chosen')
+      const z = m ? zone(m[2], r, g) : ''; set('aria-valuetext', m ? `${clock(middle(m))}, ${score}${z === 'fake' ? ', above the line for fake' : z === 'real' ? ', below the line for real' : ''}` : 'no moment chosen')
     })
     said.textContent = g('said')
   }
@@ -163,7 +164,7 @@ _ZONES = (('fake','#e66101'), ("can't tell",'#777777'), ('real','#206ebe')) # wo
 
 def timeline_figure(
     tracks, # of a report
-    calibration=None, # of a report: fake_at and real_at are drawn
+    calibration=None, # with fake_at and real_at, which are drawn; of `held`
     mark=None, # letter -> (track, t0) of a moment
 ): # the axes, one a face
     "The timeline as a picture"
@@ -175,7 +176,7 @@ def timeline_figure(
             if b>a: ax.axhspan(a, b, color=colour, alpha=.22, lw=0)
             if b-a>.1: ax.text(1.005, (a+b)/2, word, transform=ax.get_yaxis_transform(), va='center', fontsize=9)
         ax.plot(at, s, 'k.-', lw=1, ms=4); ax.set(ylim=(0,1), title=f"face {x['track']}: {x.get('answer') or 'not judged'}"); ax.title.set_fontsize(10)
-        if s: ax.axhline(np.mean(s), color='k', ls=':', lw=1)
+        if s: ax.axhline(np.mean(s) if x.get('score') is None else x['score'], color='k', ls=':', lw=1)
         for n,(k,t0) in (mark or {}).items():
             for o in m:
                 if (k, t0)==(x['track'], o['t0']): ax.annotate(n, ((o['t0']+o['t1'])/2, o['score']), xytext=(0,5), textcoords='offset points', ha='center', weight='bold', color='#1565c0')
@@ -260,7 +261,7 @@ def verdict_words(
     v,(word,sign,_),faces = r['video'],WORDS[r['answer']],r['tracks']; n = len(faces)
     about = f"{r['file']['name']}: {v['seconds']:.1f} s, {v['width']} x {v['height']}, {v['codec']}; {n} face{'s'*(n!=1)}, {sum(x['clips'] for x in faces)} moments judged by {r['detector']['name']}"
     limits = tag('details', tag('summary', 'Limits, and what was skipped'), _items(r['limits']+[f'{k} x {why}' for why,k in r['skipped'].items()] or ['nothing']))
-    return tag('div', tag('h3', f'{sign} {word}', '' if r['score'] is None else f", score {r['score']:.2f}"), tag('p', _sentence(r['reason'])), tag('p', in_short(r)), _items([f"face {x['track']}: {x['answer']}; {x['reason']}" for x in faces]) if n>1 else None,
+    return tag('div', tag('h3', f'{sign} {word}', '' if (s := decided(r)[1]) is None else f', score {s:.2f}'), tag('p', _sentence(r['reason'])), tag('p', in_short(r)), _items([f"face {x['track']}: {x['answer']}; {x['reason']}" for x in faces]) if n>1 else None,
         _items(r['meaning']), tag('p', about), limits, class_='dfnb-look')
 
 def _wrong(reason, remedy=''): return tag('div', tag('p', tag('b', reason), ' ', remedy, class_='wrong', role='alert'), class_='dfnb-look')
@@ -289,7 +290,7 @@ class Look(w.VBox):
         flow = w.Layout(flex_flow='row wrap', align_items='center')
         super().__init__([w.Box([self.model, self.path, self.upload], layout=flow), w.Box([self.run, self.stop, self.bar], layout=flow), self.words, self.timeline, self.moment])
     def __repr__(self): return 'Look'
-    busy = property(lambda self: bool(self._thread) and self._thread.is_alive())
+    busy = property(lambda self: self.run.disabled)
 
 # %% ../nbs/49_look.ipynb #8ee3913a
 @patch
@@ -323,18 +324,21 @@ def _load(self:Look):
 @patch
 def _work(self:Look):
     "What the thread does: judge, and say how it ended"
-    sent = bool(self.upload.ready); file = self.upload.path if sent else Path(self.path.value.strip()).expanduser(); end = _wrong('It ended by an error that nobody foresaw.', 'The log of the kernel has it.')
+    sent = bool(self.upload.ready); end = _wrong('It ended by an error that nobody foresaw.', 'The log of the kernel has it.')
     try:
         if not sent and not self.path.value.strip(): raise DetectError('film', 'no film was named', 'give its path, or send a file')
+        file = self.upload.path if sent else os.path.expanduser(self.path.value.strip()) # which leaves a ~name that nobody has as it is
         self.timeline.said = 'reading the detector'; x = self._load(); self.timeline.said = 'reading the film'
         v = detect(file, x, self.every, **self.rates, progress=self._told, name=self.upload.name if sent else '')
         self._done(v); end = join(_warned(x), verdict_words(v.report))
     except Stopped: end = _wrong('Stopped.', 'What was seen until then stands below; it is no verdict.')
     except DetectError as e: end = _wrong(f'{e.name}: {e.reason}.', f'Remedy: {e.remedy}.')
     finally:
-        self.words.value = end; self.upload.drop('removed after it was judged' if sent else '')
-        self.run.disabled,self.stop.disabled,self.upload.disabled = False,True,False
-        if self.verdict is None: self.timeline.said = ''
+        try: self.upload.drop('removed after it was judged' if sent else '')
+        finally:
+            self.words.value = end
+            if self.verdict is None: self.timeline.said = ''
+            self.run.disabled,self.stop.disabled,self.upload.disabled = False,True,False # last: from here on it can be asked again
 
 # %% ../nbs/49_look.ipynb #db7d4fa9
 @patch
@@ -353,20 +357,20 @@ def _so_far(self:Look):
     return list(res.values())
 
 @patch
-def _draw(self:Look, tracks, calibration=None, seconds=0.):
+def _draw(self:Look, tracks, at=None, seconds=0.):
     kept = {at for at,m in list(self.moments.items()) if m.clip is not None}
     with self.timeline.hold_sync():
         t = self.timeline; t.tracks,t.seconds = rows(tracks, kept),max(seconds, t.seconds)
-        if calibration: t.fake_at,t.real_at = calibration['fake_at'],calibration['real_at']
+        t.fake_at,t.real_at = (at['fake_at'],at['real_at']) if at else (None,None)
 
 # %% ../nbs/49_look.ipynb #7bb296c6
 @patch
 def _done(self:Look, v):
     "The film has been judged: draw all of it, and open its most suspicious moment"
     self.verdict,self.moments,self.bar.value = v,{(m.track, m.t0):m for m in v.moments},self.bar.max
-    tracks = [x for x in v.report['tracks'] if x['timeline']]; self._draw(tracks, v.report['calibration'], v.report['video']['seconds'])
+    tracks = [x for x in v.report['tracks'] if x['timeline']]; at = held(v.report); self._draw(tracks, at, v.report['video']['seconds'])
     best = max(((m['score'], k, i) for k,x in enumerate(tracks) for i,m in enumerate(x['timeline']) if m['score'] is not None and self.moments[x['track'], m['t0']].clip is not None), default=None)
-    self.timeline.said = 'judged'
+    self.timeline.said = 'judged'+(': the zones are for the mean of a face (dotted), not for a moment' if at else '')
     if best: self.timeline.chosen = list(best[1:])
 
 @patch
@@ -385,9 +389,11 @@ def look_at(self:Look):
 def _explain(self:Look, m, asked):
     with self._one:
         if asked!=self._asked: return # somebody has gone on
-        try: ev,note = reasons(self.exported, m),''
-        except (EvidenceError,EvaluationError) as e: ev,note = [],str(e)
-        if asked==self._asked: self.moment.value = opened(m, ev, note)
+        end = opened(m, note='The reasons ended by an error that nobody foresaw. The log of the kernel has it.')
+        try: end = opened(m, reasons(self.exported, m))
+        except (EvidenceError,EvaluationError) as e: end = opened(m, note=str(e))
+        finally:
+            if asked==self._asked: self.moment.value = end
 
 def _warned(x): return None if x.about.get('trained_on') else _wrong(f"{x.name}: its card names nothing that it was trained on ({x.about.get('selection') or 'nor how it was chosen'}).")
 
@@ -408,7 +414,7 @@ def chosen(
 )->list: # of folders
     "The exported models there are; an untrained one where there is none"
     at = home()/'models'
-    if model and not (p := next((p for p in (Path(model).expanduser(), at/model) if p.is_dir()), None)): raise ExportError(Path(model), 'no such folder', f"There are: {', '.join(x.name for x in chosen()) or 'none'}")
+    if model and not (p := next((p for p in (Path(os.path.expanduser(model)), at/model) if p.is_dir()), None)): raise ExportError(Path(model), 'no such folder', f"There are: {', '.join(x.name for x in chosen()) or 'none'}")
     if model: return [p]
     have = sorted(p for p in at.iterdir() if p.is_dir() and p.name[0]!='.') if at.is_dir() else []
     if not have: _HELD.append(tempfile.TemporaryDirectory(prefix='deepfake_nb-')); have = [untrained(Path(_HELD[-1].name)/'untrained: its scores mean nothing')]
@@ -422,7 +428,7 @@ def static(
     "What `Look` shows, as plain figures: the timeline, and its most and its least suspicious moment"
     picks = {k:v for k,v in telling(verdict.moments).items() if k in 'AB'}; r = verdict.report
     if not picks: return []
-    res = [timeline_figure([x for x in r['tracks'] if x['timeline']], r['calibration'], {k:(m.track, m.t0) for k,(_,m) in picks.items()})]
+    res = [timeline_figure([x for x in r['tracks'] if x['timeline']], held(r), {k:(m.track, m.t0) for k,(_,m) in picks.items()})]
     for k,(what,m) in picks.items():
         frame = decode_crop(m.picture); pics = {f'{k}: {what}':frame}
         for e in reasons(exported, m) if m.clip is not None else ():

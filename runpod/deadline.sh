@@ -11,6 +11,7 @@ of_first() { { tr '\0' '\n' <"$FIRST"; } 2>/dev/null | sed -n "s/^$1=//p"; } # a
 attempt() { # one try, three ways, until one accepts, or all of them (attempt all); the key is in no command line and in no line of the log
   local key=${RUNPOD_API_KEY:-} way out words good=1
   [ -n "$key" ] || key=$(of_first RUNPOD_API_KEY)
+  key=${key//[$' \t\r\n']/}
   [ -z "$key" ] || export RUNPOD_API_KEY=$key
   for way in 'runpodctl pod stop' 'runpodctl stop pod' 'REST'; do
     read -ra words <<<"$way"
@@ -31,28 +32,41 @@ switch() { # switch SECONDS: wait, then ask until this process ends together wit
 }
 switch_text() { declare -p RETRY AGAIN FIRST API; declare -f up of_first attempt switch; } # all of it, as text: it runs from memory
 
-know_pod() { # the pod's name, of the container if this shell lacks it; 1: this is no pod
+know_pod() { # the names of the pod and of its network volume, of the container if this shell lacks them; 1: this is no pod
+  [ -n "${RUNPOD_VOLUME_ID:-}" ] || RUNPOD_VOLUME_ID=$(of_first RUNPOD_VOLUME_ID)
   [ -n "${RUNPOD_POD_ID:-}" ] || RUNPOD_POD_ID=$(of_first RUNPOD_POD_ID)
   [ -n "$RUNPOD_POD_ID" ] || return 1
-  export RUNPOD_POD_ID
+  export RUNPOD_POD_ID RUNPOD_VOLUME_ID
 }
 can_stop() { command -v runpodctl >/dev/null || { command -v curl >/dev/null && [ -n "${RUNPOD_API_KEY:-}$(of_first RUNPOD_API_KEY)" ]; }; }
 seconds_of() { awk -v h="$1" 'BEGIN{printf "%d", h*3600+.5}'; }
+NOTED='' # what could not be written to $ARMED: a disk that is full, or read-only, must not cost the deadline
+noted() { # "END PID" of the switch of this start of the container; nothing if there is none
+  local text end stamp pid
+  for text in "$NOTED" "$(cat "$ARMED" 2>/dev/null)"; do
+    read -r end stamp pid <<<"$text"
+    if [ "$stamp" = "$(boot)" ]; then echo "$end $pid"; return; fi
+  done
+}
 deadline_left() { # s until the deadline that is armed; nothing if there is none of this start
-  local end stamp _
-  [ -f "$ARMED" ] || return 0
-  read -r end stamp _ <"$ARMED"
-  if [ "$stamp" = "$(boot)" ]; then echo $(( end > $(up) ? end-$(up) : 0 )); fi
+  local end; read -r end _ <<<"$(noted)"
+  [ -z "$end" ] || echo $(( end > $(up) ? end-$(up) : 0 ))
 }
 is_armed() { # does the switch that was noted still wait?
-  local pid
-  [ -f "$ARMED" ] && read -r _ _ pid <"$ARMED" && [ -r "/proc/$pid/cmdline" ] && tr '\0' ' ' <"/proc/$pid/cmdline" | grep -q deepfake_nb-deadline
+  local pid; read -r _ pid <<<"$(noted)"
+  [ -n "$pid" ] && [ -r "/proc/$pid/cmdline" ] && tr '\0' ' ' <"/proc/$pid/cmdline" | grep -q deepfake_nb-deadline
 }
-arm_deadline() { # arm_deadline HOURS: a second call buys no time, and brings back a switch that was killed
-  local left; left=$(deadline_left)
+arm_deadline() { # arm_deadline HOURS: a second call buys no time, and brings back a switch that was killed; 1: there is no switch
+  local left log=$ARMED.log _; left=$(deadline_left)
   if [ -n "$left" ] && is_armed; then echo "# the deadline is armed already: this pod stops itself in $left s"; return; fi
   left=${left:-$(seconds_of "$1")}
-  setsid nohup bash -c "$(switch_text); switch $left" deepfake_nb-deadline >>"$ARMED.log" 2>&1 </dev/null &
-  printf '%s %s %s\n' $(( $(up) + left )) "$(boot)" "$!" >"$ARMED.part"; mv "$ARMED.part" "$ARMED"
-  echo "# this pod stops itself in $left s: $ARMED, $ARMED.log"
+  { : >>"$log"; } 2>/dev/null || log=/dev/null
+  setsid nohup bash -c "$(switch_text); switch $left" deepfake_nb-deadline >>"$log" 2>&1 </dev/null &
+  NOTED="$(( $(up) + left )) $(boot) $!"
+  { echo "$NOTED" >"$ARMED.part" && mv "$ARMED.part" "$ARMED"; } 2>/dev/null || { rm -f "$ARMED.part" 2>/dev/null; echo "# $ARMED cannot be written: only this process knows the deadline"; }
+  for _ in {1..30}; do
+    if is_armed; then echo "# this pod stops itself in $left s: $ARMED, $log"; return; fi
+    sleep .1
+  done
+  echo "# the deadline is NOT armed: its process ended at once"; return 1
 }

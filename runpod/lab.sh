@@ -14,7 +14,8 @@ Usage: runpod/lab.sh [options]
   --lab-proxy WORDS   listen on all addresses, so that the provider's public proxy shows Lab to everybody who has the token;
                       only with the words: "yes, open to the internet"
   -h, --help
-Run runpod/setup_pod.sh first.
+Run runpod/setup_pod.sh first. Lab shows DEEPFAKE_NB_HOME/book/COMMIT/nbs, a clone of this checkout made once for each commit and never
+overwritten: what you change there is on the volume, survives a stop, and git knows it. (The checkout itself lies on the container's disk.)
 TEXT
 }
 while [ $# -gt 0 ]; do
@@ -39,9 +40,18 @@ make_token() { # once: a token that changed would lock out the watchdog and open
   if [ -s "$TOKEN" ]; then chmod 600 "$TOKEN"; return; fi
   (umask 077; mkdir -p "${TOKEN%/*}"; head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$TOKEN.part"; mv "$TOKEN.part" "$TOKEN")
 }
+BOOK=$HOME_DIR/book/$(git -C "$HERE" rev-parse --short=12 HEAD) || die "$HERE/.. is no git checkout, so what is changed in Lab could not be kept: clone it"
+make_book() {
+  [ ! -d "$BOOK" ] || return 0
+  local part; part=$(mkdir -p "${BOOK%/*}" && mktemp -d "$BOOK.XXXXXX.part") # another pod may be at it
+  git clone -q "$HERE/.." "$part"
+  mv -T "$part" "$BOOK" || { rm -rf "$part"; [ -d "$BOOK" ]; }
+}
 run_here() { show "$@"; [ "$DRY" = 1 ] || "$@"; }
 run_here make_token
+run_here make_book
 run_here mkdir -p -m 700 "$RUNTIME"
+# shellcheck disable=SC2119 # no name is let through
 mapfile -t HIDE < <(hidden)
 say "JupyterLab listens on $ADDRESS:$PORT of this pod; its token is in $TOKEN"
 if [ "$PROXY" = 0 ]; then
@@ -49,7 +59,7 @@ if [ "$PROXY" = 0 ]; then
   say "then open http://127.0.0.1:$PORT/lab and give it the token: ssh -p ${RUNPOD_TCP_PORT_22:-PORT} root@${RUNPOD_PUBLIC_IP:-ADDRESS} cat $TOKEN"
 fi
 LAB=(env "${HIDE[@]}" "JUPYTER_TOKEN_FILE=$TOKEN" "JUPYTER_RUNTIME_DIR=$RUNTIME" "$HOME_DIR/venv/bin/python" -m jupyterlab --no-browser --allow-root
-  "--ServerApp.ip=$ADDRESS" "--ServerApp.port=$PORT" --ServerApp.port_retries=0 "--ServerApp.root_dir=$HERE/../nbs")
+  "--ServerApp.ip=$ADDRESS" "--ServerApp.port=$PORT" --ServerApp.port_retries=0 "--ServerApp.root_dir=$BOOK/nbs")
 [ "$PROXY" = 0 ] || LAB+=(--ServerApp.allow_remote_access=True)
 show "${LAB[@]}"
 [ "$DRY" = 1 ] || exec "${LAB[@]}" </dev/null

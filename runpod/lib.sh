@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts of this folder share. They set NAME and DRY.
+# What the scripts of this folder share. They set NAME and DRY; `stops` reads HOURS, PRICE and DEADLINE as well.
 say()  { printf '# %s\n' "$*"; }
 die()  { printf '%s: %s\n' "$NAME" "$*" >&2; exit 1; }
 need() { [ -n "${2:-}" ] || die "$1 needs a value, see --help"; }
@@ -23,7 +23,15 @@ arm() { # arm HOURS: or say why not
   fi
   if [ "$DRY" = 1 ]; then printf '%s >>%q 2>&1 </dev/null &\n' "$(show setsid nohup bash -c "$(switch_text); switch $(seconds_of "$1")" deepfake_nb-deadline)" "$ARMED.log"; return; fi
   is_armed || can_stop || die "runpodctl is missing, and curl or RUNPOD_API_KEY as well, so the deadline could not stop this pod. Bring one of them, or say --no-deadline and watch the clock yourself"
-  arm_deadline "$1"
+  arm_deadline "$1" || die "this pod would never stop itself: see above, and the deadline's log"
+}
+stops() { # what ends this pod, said before anything else: the deadline and what it costs at worst
+  know_pod || true # for the other layers, whatever is said of this one
+  if [ "$DEADLINE" = 0 ]; then say "no deadline, as asked: this pod costs \$$PRICE an hour until its plan ends, the watchdog finds it idle, or you stop it"; return; fi
+  say "at worst this costs \$$(awk -v h="$HOURS" -v p="$PRICE" 'BEGIN{printf "%.2f", h*p}'): $HOURS h at \$$PRICE an hour, and its disks; with a plan that ends, less"
+  arm "$HOURS"
 }
 SECRET='KEY|TOKEN|SECRET|PASSW|CREDENTIAL' # names of variables that no plan, notebook or Lab is given; PUBLIC_KEY is none (guard.py has the same words)
-hidden() { local n; for n in $(compgen -e); do if [[ ${n^^} =~ $SECRET ]] && [ "$n" != PUBLIC_KEY ]; then printf -- '-u\n%s\n' "$n"; fi; done; }
+hidden() { # hidden [NAME ...]: words for env that take them away, but not those named
+  local n; for n in $(compgen -e); do if [[ ${n^^} =~ $SECRET && " PUBLIC_KEY $* " != *" $n "* ]]; then printf -- '-u\n%s\n' "$n"; fi; done
+}

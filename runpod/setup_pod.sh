@@ -2,7 +2,7 @@
 # Make a fresh pod ready, or bring one up to date: run it as often as you like. It never replaces a torch >= 2.10 that the pod came with.
 # The first thing it does is to arm the deadline after which the pod stops itself, whatever happens later. Each step is timed; past --minutes it fails with the step's name.
 set -euo pipefail
-NAME=setup_pod DRY=0 HOURS=12.8 DEADLINE=1 VOLUME=/workspace OFF=0 PYTHON=python3 CUDA=0 COMPILE=0 PRICE=0.39 MINUTES=5 DEV=0 WEIGHTS=()
+NAME=setup_pod DRY=0 HOURS=20 DEADLINE=1 VOLUME=/workspace OFF=0 PYTHON=python3 CUDA=0 COMPILE=0 PRICE=0.39 MINUTES=5 DEV=0 WEIGHTS=()
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source-path=SCRIPTDIR source=deadline.sh
 . "$ROOT/runpod/deadline.sh"
@@ -12,7 +12,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 usage() { cat <<'TEXT'
 Usage: runpod/setup_pod.sh [options]
   --dry-run           print every command, do nothing
-  --hours H           stop the pod H hours after the first call (default 12.8: five dollars at $0.39 an hour)
+  --hours H           stop the pod H hours after the first call (default 20: $7.80 at $0.39 an hour)
   --no-deadline       arm no deadline (you pay until you stop the pod yourself)
   --minutes M         fail, with the name of the step, when all of it takes longer (default 5; with --accept-compile no limit by default)
   --volume DIR        where the volume is mounted (default /workspace)
@@ -53,10 +53,10 @@ for n in "$HOURS" "$PRICE" "$MINUTES"; do number "$n"; done
 HOME_DIR=$(realpath -ms "${DEEPFAKE_NB_HOME:-$VOLUME/deepfake_nb}")
 VENV=$HOME_DIR/venv LOCK=$HOME_DIR/torch.lock
 # Pinned here because they are needed before, or instead of, constraints.txt.
-UV='uv==0.13.8' BUILD=('ninja==1.13.0' 'setuptools==80.9.0' 'wheel==0.45.1' packaging) CUDA_TORCH=('torch==2.10.0' 'torchvision==0.25.0')
+UV='uv==0.13.8' BUILD=('setuptools==80.9.0' 'wheel==0.45.1' 'ninja==1.13.0' packaging) CUDA_TORCH=('torch==2.10.0' 'torchvision==0.25.0')
 
 # --- 1. the deadline, before anything that could fail or hang
-if [ "$DEADLINE" = 1 ]; then arm "$HOURS"; else say "no deadline, as asked: this pod runs until somebody stops it"; fi
+stops
 
 # Steps: what is done now, how long each took, and the end of all patience.
 BEGAN=$(up); LIMIT=$(awk -v m="$MINUTES" 'BEGIN{x=int(60*m+.999); print (x>0 ? x : 1)}') STEP='' DOING='' SINCE=$BEGAN TOOK='' JOB=''
@@ -108,8 +108,11 @@ TORCH=$(timeout -k 5 "$LIMIT" "$ASK" -c "$PROBE") || die "$ASK cannot say which 
 at_least() { # at_least 2.10 2.9.1 -> false: versions are no decimals
   [ "$2" != none ] && [ "$(printf '%s\n%s\n' "$1" "${2%%[+a-z]*}" | sort -V | head -n 1)" = "$1" ]
 }
-KEEP=0; if at_least 2.10 "$TORCH"; then KEEP=1; fi
-if [ "$KEEP" = 1 ]; then say "torch $TORCH is here and stays"; else say "torch here: $TORCH; 2.10 or newer is needed"; fi
+serves() { [ -z "${RUNPOD_POD_ID:-}" ] || [ "$DRY" = 1 ] || timeout -k 5 "$LIMIT" "$ASK" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; }
+KEEP=0
+if ! at_least 2.10 "$TORCH"; then say "torch here: $TORCH; 2.10 or newer is needed"
+elif ! serves; then say "torch $TORCH is here, but cannot use this pod's GPU: another one is installed beside it"
+else KEEP=1; say "torch $TORCH is here and stays"; fi
 
 # --- 4. compiled kernels: what they would cost is said before anything is installed
 if [ "$CUDA" = 1 ] && [ "$KEEP" = 1 ] && at_least 2.11 "$TORCH"; then
@@ -123,6 +126,9 @@ fi
 step 'environment'
 cd "$ROOT"
 run mkdir -p "$HOME_DIR/pack" "$HOME_DIR/store" "$HOME_DIR/checkpoints" "$HOME_DIR/ledger" "$HOME_DIR/pod"
+alone() { flock 8 || say "no locks on this file system: set up one pod of a volume at a time"; } # waits as long as there is time. Between pods it holds as far as the volume's locks do
+if [ "$DRY" = 0 ]; then exec 8>"$HOME_DIR/pod/setup.lock"; fi
+run alone
 link_site() { # a virtual environment sees the packages of its base; of an environment it was made from, only through this
   "$PYTHON" -c 'import sys, sysconfig, glob
 if sys.prefix!=sys.base_prefix:
@@ -146,7 +152,8 @@ for n in ("torch","torchvision","triton"):
 }
 run write_lock
 if [ "$DEV" = 1 ]; then WHAT=(-e '.[dev]'); else WHAT=(-e '.[remote]' jupyterlab); fi # a pod trains, ships and shows Lab; it does not build the book
-run "$PY" -m pip install -c constraints.txt -c "$LOCK" "${WHAT[@]}"
+run "$PY" -m pip install "${BUILD[@]:0:2}" # what builds this package is pinned as well: pip would fetch the newest
+run "$PY" -m pip install --no-build-isolation -c constraints.txt -c "$LOCK" "${WHAT[@]}"
 check_nvcc() { # the kernels' build asks for it even where a prebuilt wheel fits
   command -v nvcc >/dev/null || die "nvcc is missing: --cuda-extra needs a -devel image. Without it the pure torch path gives the same numbers"
   local cuda; cuda=$("$PY" -c 'import torch; print(torch.version.cuda)')

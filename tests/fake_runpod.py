@@ -44,6 +44,9 @@ class Clock:
 
 def iso(t): return None if t is None else datetime.fromtimestamp(t, timezone.utc).isoformat().replace('+00:00', 'Z')
 
+ODD = [[], {}, 5, 'x', None, dict(pods=None), dict(pods={}), dict(pods=[1]), dict(pods=[None], pagination=[]), dict(pods=[], pagination=[1])] # answers that are JSON, and none
+BENT = [dict(mounts=[1]), dict(mounts=dict(network=dict(volumeId='v'))), dict(mounts='x'), dict(ssh='x'), dict(gpu=[1]), dict(cost='free'), dict(cost=None), dict(createdAt=5), dict(status=None), dict(status=[]), dict(id=None), dict(args={})] # what a pod may say of itself
+
 FAULTS = 'hang late down 500 500+ half half- 429 garbage'.split() # what any call may meet; `+`: it was done all the same, `half-`: it was not
 
 class Fake:
@@ -51,7 +54,7 @@ class Fake:
     def __init__(self, clock=None, key='key-of-the-test', fault=None, price=.39, offer=.39):
         self.clock,self.key,self.fault,self.price,self.offer = clock,key,fault or (lambda m, p: None),price,offer
         self.now = clock.now if clock else time.time
-        self.pods,self.calls,self.old,self.lock,self.closed = {},[],None,threading.RLock(),False
+        self.pods,self.calls,self.old,self.lock,self.closed,self.turn = {},[],None,threading.RLock(),False,0
         self.deaf,self.slow,self.boot,self.skew,self.page,self.stopped,self.booted = (lambda id: False),0,0,0,1000,(lambda id: None),(lambda id: None)
         self.volumes = {'vol1':dict(id='vol1', name='faces', size=60, dataCenter='EU-RO-1', type='STANDARD')}
         self.server = ThreadingHTTPServer(('127.0.0.1', 0), type('H', (Handler,), dict(fake=self))); self.server.daemon_threads = True
@@ -78,8 +81,13 @@ class Fake:
     # --- what is said
     def shown(self, p):
         e,c = p.get('entrypoint', []),p.get('cmd', [])
-        return dict(p, createdAt=iso(p['createdAt']), startedAt=iso(p['startedAt']), end=None, born=None, cost=0. if p['end'] else p['cost'], dataCenterId=(p.get('dataCenterIds') or ['EU-RO-1'])[0],
-                    args=json.dumps(dict(entrypoint=e, cmd=c)), ssh=dict(proxy=None, direct=dict(host='203.0.113.7', port=22001, username='root', command='ssh root@203.0.113.7 -p 22001') if '22/tcp' in p.get('ports', []) and p['status']=='RUNNING' else None))
+        return dict({k:v for k,v in p.items() if k!='bend'}, createdAt=iso(p['createdAt']), startedAt=iso(p['startedAt']), end=None, born=None, cost=0. if p['end'] else p['cost'], dataCenterId=(p.get('dataCenterIds') or ['EU-RO-1'])[0],
+                    args=json.dumps(dict(entrypoint=e, cmd=c)), ssh=dict(proxy=None, direct=dict(host='203.0.113.7', port=22001, username='root', command='ssh root@203.0.113.7 -p 22001') if '22/tcp' in p.get('ports', []) and p['status']=='RUNNING' else None))|p.get('bend', {})
+    def odd(self, data):
+        "The same answer, out of shape: all of it, or one field of each pod"
+        self.turn += 1; bend = lambda d: d|BENT[self.turn%len(BENT)] if isinstance(d, dict) and 'id' in d else d
+        if self.turn%3==0: return ODD[self.turn//3%len(ODD)]
+        return data|dict(pods=[bend(d) for d in data['pods']]) if isinstance(data, dict) and 'pods' in data else bend(data)
     def listing(self): return [self.shown(p) for p in self.pods.values() if p['status']!='TERMINATED']
     def answer(self, method, path, query, body):
         "Status and data, after doing it"
@@ -140,6 +148,7 @@ class Handler(BaseHTTPRequestHandler):
             status,data = f.answer(method, path, query, body)
             if path=='/v2/pods' and method=='GET': f.old = data.get('pods')
             if fault=='500+': return self.say(500, dict(title='Internal Server Error', status=500, detail='after it was done'))
+            if fault=='odd': data = self.fake.odd(data)
             self.say(status, data, [f'Location: {f.url}/elsewhere'] if status==307 else [], tear=fault=='half')
     do_GET = do_POST = do_DELETE = do
 
@@ -248,7 +257,7 @@ class World:
         return self.live(getattr(self, f'_{name}'), pod, api, end, kw, pod=pod if name in ('idle','pod_runner') else None)
     def _runner(self, pod, api, end, kw):
         Pod,watched = self._code('Pod', 'watched')
-        with watched(api, Pod(pod, '', 'RUNNING', 0, '', 1, '', '', 0, None, '', '', ''), end, kw.get('bring')):
+        with watched(api, Pod(pod, '', 'RUNNING'), end, kw.get('bring')):
             if kw.get('ends') and self.clock.t+kw['ends']<end: self.clock.sleep(kw['ends']); raise kw.get('how', KeyboardInterrupt)()
             api.follow(pod, end)
     def _sweep(self, pod, api, end, kw):

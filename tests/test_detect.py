@@ -1,10 +1,11 @@
 "Detect against hostile files, hostile readers and bad luck: each ends as one error that names the file, promptly, with nothing left running"
 import json,os,struct,subprocess,sys,threading,time
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler,HTTPServer
+from fractions import Fraction
+from http.server import BaseHTTPRequestHandler,HTTPServer,ThreadingHTTPServer
 from pathlib import Path
 from unittest import mock
-import numpy as np,pandas as pd,pytest,torch
+import av,numpy as np,pandas as pd,PIL.Image,pytest,torch
 from common import count,told,wait_for
 import deepfake_nb.detect as D
 from deepfake_nb.detect import CANT,DetectError,Limits,detect,detect_main,probe
@@ -86,16 +87,17 @@ def test_bad_readers(kind, asked, walled):
     body,words,kw = BAD[kind]; fails(sample('woman'), asked, words, 15, tracks(body), **kw)
 
 def msg(text, body=b'', size=None, mark=b'dfnb'): t = text if isinstance(text, bytes) else json.dumps(text).encode(); return struct.pack('<4sIQ', mark, len(t), len(body) if size is None else size)+t+body
-READY,FILM = msg(dict(kind='ready', arrays={}, sandbox={})),msg(dict(kind='film', arrays={}, seconds=9, rate=25, width=64, height=64, codec='x', sound=False, still=False))
+READY,FILM = msg(dict(kind='ready', arrays={}, sandbox={})),msg(dict(kind='film', arrays={}, seconds=9, rate=25, width=64, height=64, codec='x', sound=False, still=False, streams=1, due=9))
 SHAPES = dict(frames=['|u1',[4,224,224,3]], landmarks=['<f4',[4,468,2]], boxes=['<f4',[4,4]], transforms=['<f4',[4,2,3]], times=['<f8',[4]], presence=['<f4',[4]])
 def clip(number=0, at=0., shapes=SHAPES, times=None, **kw):
     t = np.arange(4)/25+at if times is None else times; body = b''.join((np.asarray(t, d) if k=='times' else np.zeros(s, d)).tobytes() for k,(d,s) in SHAPES.items())
     return msg(dict(kind='clip', arrays=shapes, number=number, start=0)|kw, body)
 
 LIES = dict(noise=b'\0'*100, text=b'HTTP/1.1 200 OK\r\n\r\n', long_head=struct.pack('<4sIQ', b'dfnb', 1<<31, 0), long_body=struct.pack('<4sIQ', b'dfnb', 2, 1<<60)+b'{}', no_json=msg(b'{'), deep=msg(b'['*60_000), a_list=msg([]), unknown=msg(dict(kind='exec', arrays={})), lacking=msg(dict(kind='ready', arrays={})),
-    clip_first=READY+clip(), twice=READY+FILM+FILM, nan_size=READY+msg(dict(kind='film', arrays={}, seconds=float('nan'), rate=25, width=64, height=64, codec='x', sound=False, still=False)),
+    clip_first=READY+clip(), twice=READY+FILM+FILM, nan_size=READY+msg(dict(kind='film', arrays={}, seconds=float('nan'), rate=25, width=64, height=64, codec='x', sound=False, still=False, streams=1, due=9)),
     negative=READY+FILM+clip(shapes=SHAPES|dict(frames=['|u1',[-4,224,224,3]])), objects=READY+FILM+clip(shapes=SHAPES|dict(times=['|O',[4]])), longer=READY+FILM+clip(shapes=SHAPES|dict(frames=['|u1',[400,224,224,3]])), other=READY+FILM+clip(shapes=SHAPES|dict(more=['|u1',[4]])),
     nan=READY+FILM+clip(times=[0,1,np.nan,2]), back=READY+FILM+clip(times=[3,2,1,0]), late=READY+FILM+clip(at=1e6), same=READY+FILM+clip()+clip(), bool_number=READY+FILM+clip(number=True), name=READY+FILM+clip(number='0'),
+    no_box=msg(dict(kind='ready', arrays={}, sandbox=[1])), no_count=READY+FILM+msg(dict(kind='end', arrays={}, frames=1, time=1, lost=1, why=dict(x='y'), qp=None, packed=1, silent='')),
     endless_at=READY+FILM+msg(dict(kind='at', arrays={}, time=1, frames=5))*2, unasked=READY+FILM+msg(dict(kind='at', arrays=dict(x=['|u1',[3]]), time=1, frames=5), b'abc'))
 
 @pytest.mark.parametrize('kind', LIES)
@@ -149,7 +151,6 @@ def test_changed_while_read(tmp_path, asked):
 
 def test_stills(tmp_path, asked):
     "A picture is a film of one frame: a detector of clips can't tell, one of images can; turned by EXIF it is judged upright"
-    import PIL.Image
     im = VideoFile(sample('woman')).read(0, 1)[0][0]; one = Exported(None, d1 := Detector(build_stf_mamba(replace(STFConfig.phase_a('demo'), stages=0, mixer='none', ffn='none', dwt=False, hll_gate=False, hll_loss='none'), 'pack'), 'images', 'STFMamba', 1), {'A':d1}, None, asked.calibration, {}, dict(name='A'))
     boxes = {}
     for k,(fmt,turn) in dict(jpeg=(1,0), png=(1,0), webp=(1,0), turned=(6,1)).items():
@@ -158,32 +159,146 @@ def test_stills(tmp_path, asked):
         assert v['score'] is not None and v['tracks'][0]['clips']==1 and v['video']['still'] and v['video']['qp'] is None
         assert w['answer']==CANT and 'consecutive frames' in w['reason'] and 'single picture' in w['reason']
     assert np.ptp(list(boxes.values()), 0).max()<.02
+    PIL.Image.fromarray(im).resize((4032,2268)).save(tmp_path/'phone.jpg'); PIL.Image.fromarray(im).save(tmp_path/'one.gif') # more pixels than a film may have; one picture in a container for films
+    for n in ('phone.jpg','one.gif'): assert (v := detect(tmp_path/n, one).report)['video']['still'] and v['tracks'][0]['clips']==1
+    fails(tmp_path/'phone.jpg', one, '--limit pixels=N', stills=10**6, pixels=10**6)
 
-def test_main(tmp_path, asked, capsys, monkeypatch):
+@pytest.fixture
+def shop(tmp_path, asked, capsys, monkeypatch):
+    "`deepfake-nb detect` in a folder of its own, with a model: code, standard output, standard error"
+    import deepfake_nb.export as X
+    monkeypatch.setattr(X, 'load_exported', lambda folder, device='cpu': asked); (tmp_path/'m').mkdir(); (tmp_path/'films').mkdir(); monkeypatch.chdir(tmp_path)
+    return lambda *words: (detect_main([*map(str, words), '--model', 'm']), *capsys.readouterr())
+
+def film(name): p = Path('films')/name; p.write_bytes(MAN); return p
+MAN = sample('man').read_bytes()
+
+def test_main(shop):
     "A folder: each file a verdict, errors counted, others left; the exit code of the worst"
-    import deepfake_nb.export as X
-    monkeypatch.setattr(X, 'load_exported', lambda folder, device='cpu': asked); (tmp_path/'m').mkdir(); f = tmp_path/'films'; f.mkdir(); (f/'a.mp4').write_bytes(sample('man').read_bytes()); (f/'b.mp4').write_bytes(b'no film'); (f/'c.txt').write_text('x')
-    code = detect_main([str(f), '--model', str(tmp_path/'m'), '--json', str(tmp_path/'out.json')]); out = capsys.readouterr(); got = json.loads((tmp_path/'out.json').read_text())
-    assert code in (1,3) and [g['answer'] for g in got][1] is None and got[0]['format']=='deepfake_nb verdict 1' and 'of another kind' in out.out and 'could not be read' in out.out and 'b.mp4: ' in out.err and 'Traceback' not in out.err
-    assert detect_main([str(f/'a.mp4'), '--model', str(tmp_path/'m'), '--json', '-', '--quiet']) in (0,3,4); assert json.loads(capsys.readouterr().out)['file']['name']=='a.mp4'
-    monkeypatch.setenv('DEEPFAKE_NB_HOME', str(tmp_path/'nowhere'))
-    monkeypatch.undo(); assert D._code(['real','real'])==0 and D._code([CANT,'real'])==4 and D._code(['could not be read',CANT])==1 and D._code(['fake','could not be read',CANT])==3
+    film('a.mp4'); Path('films/b.mp4').write_bytes(b'no film'); Path('films/c.txt').write_text('x'); c,out,err = shop('films', '--json', 'out.json', '--html', 'pages'); got = {g['path']:g for g in json.loads(Path('out.json').read_text())}
+    assert c==1 and got['b.mp4']['answer'] is None and got['a.mp4']['format']=='deepfake_nb verdict 1' and got['a.mp4']['html']=='000-a.html' and Path('pages/000-a.html').exists() and got['a.mp4']['folder']=='films'
+    assert 'of another kind: c.txt' in out and 'could not be read' in out and 'b.mp4: ' in err and 'Traceback' not in err and got['c.txt']['skipped']=={'of another kind':1}
+    assert 'at most 5 % of reals called fake' in out and got['a.mp4']['asked']==dict(every=1., false_alarms=.05, misses=.05, rehearse=False) and 'do not act on it' in shop('films/a.mp4', '--rehearse')[1]
+    c,out,err = shop('films/a.mp4', '--json', '-', '--quiet'); assert c in (0,3,4) and json.loads(out)['file']['name']=='a.mp4'
+    assert D._code(['real','real'])==0 and D._code([CANT,'real'])==4 and D._code(['could not be read',CANT])==1 and D._code(['fake','could not be read',CANT])==3
 
-def test_url(tmp_path, asked, capsys, monkeypatch):
-    "Refused, unless it is asked for; then it comes through a cap"
-    import deepfake_nb.export as X
-    data = sample('man').read_bytes()
+def test_nothing_is_left_out_in_silence(shop):
+    "What a folder holds and is not judged is named; what cannot be read is an error"
+    for n in ('a.mp4','.hidden.mp4','b.mp4.part','noext'): film(n)
+    os.symlink('/nowhere', 'films/broken.mp4'); os.mkfifo('films/pipe.mp4'); Path('empty').mkdir(); Path('else').mkdir(); os.symlink(Path('else').resolve(), 'films/link'); Path('films/.git').mkdir(); film('.git/x.mp4')
+    c,out,err = shop('films', 'empty', '--json', 'o.json'); rest = {g['path']:g.get('skipped') or g.get('error') for g in json.loads(Path('o.json').read_text())}
+    assert c==1 and 'broken.mp4: it cannot be opened' in err and 'pipe.mp4: it is no file' in err and 'empty: no video or image in it' in err
+    assert {k:next(iter(v)) for k,v in rest.items() if v and 'reason' not in v}=={'.hidden.mp4':'hidden', '.git':'hidden', 'b.mp4.part':'an unfinished copy', 'noext':'of another kind', 'link':'a link to a folder'} and 'not looked at, hidden: .git, .hidden.mp4' in out
+    assert D._walk('gone') and 'cannot be opened' in str([e for _,e,_ in D._walk('gone')][0])
+
+def test_odd_names(shop):
+    "Bytes that are no text, and letters that move the cursor"
+    open(os.fsencode('films')+b'/a\xff.mp4', 'wb').write(MAN); film('b\x1b[2J\nreal.mp4: real.mp4'); c,out,err = shop('films', '--json', 'o.json', '--html', 'h')
+    assert c in (0,3,4) and 'a?.mp4: ' in out and 'b?[2J?real' in out and '\x1b' not in out+err and len(os.listdir('h'))==2
+    assert (Path('films')/json.loads(Path('o.json').read_text())[0]['path']).read_bytes()==MAN # the true name
+
+def test_outputs(shop):
+    "The evidence is not written over, and what cannot be written is found out before the first verdict"
+    a,b = film('a.mp4'),film('plain'); os.link(b, 'twin'); Path('x').write_text('x')
+    for words in ((a,'--json',a), (a,'--html',a), (b,'--json',b), (b,'--json','twin'), (a,'--json','o','--html','o'), (a,'--json','films'), (a,b,'--html','x'), (a,'--json','x/y.json'), (a,'--json','/dev/null'), (a,'--html','new.webm')):
+        c,out,err = shop(*words); assert c==2 and not out and err.startswith('deepfake-nb detect: ') and 'Remedy: name another place' in err, words
+    assert a.read_bytes()==b.read_bytes()==MAN and Path('/dev/null').is_char_device()
+    Path('h').mkdir(); assert shop(a, '--html', 'h')[0] in (0,3,4) and os.listdir('h')==['000-a.html']
+    for words in ((a,'--limit','speed=3'), (a,'--limit','bytes=-1'), (a,'--limit','bytes'), (a,'--every','inf')): assert shop(*words)[0]==2
+    c,_,err = shop(a, '--limit', 'bytes=1000'); assert c==1 and 'the cap is 1000. Remedy: raise Limits.bytes (--limit bytes=N)' in err
+    Path('bad.mp4').write_bytes(b'x'); assert detect_main(['bad.mp4', 'bad.mp4'])==1 # no model is asked for
+
+def test_what_nobody_foresaw(shop, monkeypatch):
+    "An odd error is that file's alone; Ctrl-C leaves what was judged"
+    for n in 'abc': film(f'{n}.mp4')
+    real = D.detect
+    def odd(what):
+        def f(path, *a, **kw):
+            if path.endswith('b.mp4'): raise what
+            return real(path, *a, **kw)
+        monkeypatch.setattr(D, 'detect', f)
+    odd(ZeroDivisionError('x')); c,_,err = shop('films', '--json', 'o.json'); got = json.loads(Path('o.json').read_text())
+    assert c in (1,3) and [g['answer'] is None for g in got]==[False,True,False] and 'ZeroDivisionError' in got[1]['error']['reason'] and 'Traceback' not in err
+    odd(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt): shop('films', '--json', 'p.json')
+    assert [g['path'] for g in json.loads(Path('p.json').read_text())]==['a.mp4']
+
+def test_terminated(tmp_path):
+    "SIGTERM in mid-download: nothing is left"
     class H(BaseHTTPRequestHandler):
-        def do_HEAD(self): self.send_response(200); self.send_header('Content-Length', str(len(data))); self.end_headers()
-        def do_GET(self): self.do_HEAD(); self.wfile.write(data)
+        def do_GET(self):
+            self.send_response(200); self.send_header('Content-Length', str(1<<30)); self.end_headers()
+            for _ in range(1000): self.wfile.write(bytes(1<<16)); time.sleep(.05)
         def log_message(self, *a): pass
-    s = HTTPServer(('127.0.0.1', 0), H); threading.Thread(target=s.serve_forever, daemon=True).start(); url = f'http://127.0.0.1:{s.server_address[1]}/a.mp4'
+    s = ThreadingHTTPServer(('127.0.0.1', 0), H); s.handle_error = lambda *_: None; threading.Thread(target=s.serve_forever, daemon=True).start(); code = 'import sys,deepfake_nb.detect as D\nD._load = lambda folder: None\nsys.exit(D.detect_main(sys.argv[1:]))'
+    p = subprocess.Popen([sys.executable, '-c', code, f'http://127.0.0.1:{s.server_address[1]}/a.mp4', '--allow-url', '--model', 'm', '--json', str(tmp_path/'o.json')], env=os.environ|dict(TMPDIR=str(tmp_path)), stderr=subprocess.PIPE)
+    try: wait_for(lambda: any(f.stat().st_size for f in tmp_path.glob('*/file'))); p.terminate(); assert p.wait()==143 and not list(tmp_path.glob('*/file'))
+    finally: p.kill(); p.wait(); p.stderr.close(); s.shutdown(); s.server_close()
+
+def always(asked, word):
+    "The same detector with thresholds that give everything one answer"
+    r = np.random.default_rng(0); lo,hi = dict(real=((0,.1),(.98,1)), fake=((0,.001),(0,.002)))[word]
+    t = pd.DataFrame([dict(label=y, group=f'{y}{i}', score=r.uniform(*(lo,hi)[y])) for y in (0,1) for i in range(200)]); return Exported(None, asked.detector, asked.members, None, Calibration(t, 'drawn'), {}, dict(name='A'))
+
+def mux(path, streams):
+    with av.open(str(path), 'w') as o:
+        ss = []
+        for f in streams: x = o.add_stream('libx264', rate=25); x.width,x.height,x.pix_fmt,x.options = f.shape[2],f.shape[1],'yuv420p',dict(preset='ultrafast'); ss.append(x)
+        for x,f in zip(ss, streams):
+            for i,im in enumerate(f): v = av.VideoFrame.from_ndarray(np.ascontiguousarray(im), format='rgb24'); v.pts,v.time_base = i,Fraction(1, 25); o.mux(x.encode(v))
+            o.mux(x.encode(None))
+    return path
+
+def test_what_was_not_seen_is_not_real(tmp_path, asked):
+    "A size that changes in mid-film, a second stream: no bare 'real'; a pause loses nothing"
+    man = VideoFile(sample('man')).read(0, 40)[0]; yes,no = always(asked, 'real'),always(asked, 'fake'); assert detect(sample('man'), yes).answer=='real' and detect(sample('man'), no).answer=='fake'
+    small,big = mux(tmp_path/'a.ts', [man]),mux(tmp_path/'b.ts', [np.pad(man, ((0,0),(0,16),(0,16),(0,0)))]); p = tmp_path/'sizes.ts'; p.write_bytes(small.read_bytes()+big.read_bytes()); r = detect(p, yes).report
+    assert r['answer']==CANT and 'too much of it is lost' in r['reason'] and r['video']['lost']>.1*r['video']['frames'] and 'frames could not be used' in D._text(r)
+    two = mux(tmp_path/'two.mkv', [man, man]); r = detect(two, yes).report; assert r['answer']==CANT and '1 of 2 video streams' in r['reason'] and '1 of 2 video streams' in ' '.join(r['limits']) and r['skipped']['video stream that is not the first']==1
+    assert detect(two, no).answer=='fake'
+    half = tmp_path/'half.mkv'; half.write_bytes((b := mux(tmp_path/'whole.mkv', [np.concatenate([man]*3)]).read_bytes())[:len(b)//3]); r = detect(half, yes).report; assert r['answer']==CANT and 'its header promises 4.8 s' in r['reason'] and detect(tmp_path/'whole.mkv', yes).answer=='real' and detect(half, no).answer=='fake'
+    t = np.arange(40)/25+30*(np.arange(40)//14); r = detect(write_video(tmp_path/'pause.mkv', man, times=t, codec='libvpx-vp9', qp=30), yes).report
+    assert r['answer']=='real' and r['video']['lost']==0 and r['video']['missing']>1000 and r['video']['bits_per_pixel']>.01 and 'times have no frame' in ' '.join(r['limits'])
+
+def test_url(shop):
+    "Refused, unless it is asked for; then it comes through a cap, from the web alone, and keeps its secrets"
+    class H(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if '/403' in self.path: return self.send_error(403)
+            if '/asks' in self.path and self.headers['Authorization']!='Basic bWU6U0VDUkVU': return self.send_error(401)
+            if '/moved' in self.path: self.send_response(302); self.send_header('Location', '/there/a.mp4?key=SECRET'); self.end_headers(); return
+            self.send_response(200); self.send_header('Content-Length', str(len(MAN)+1000*('/short' in self.path))); self.end_headers(); self.wfile.write(MAN)
+        def log_message(self, *a): pass
+    s = HTTPServer(('127.0.0.1', 0), H); threading.Thread(target=s.serve_forever, daemon=True).start(); at = f'127.0.0.1:{s.server_address[1]}'; ask = lambda path, *more: shop(f'http://me:SECRET@{at}{path}?key=SECRET', '--json', 'o.json', *more)
     try:
-        assert detect_main([url])==2 and '--allow-url' in capsys.readouterr().err
-        monkeypatch.setattr(X, 'load_exported', lambda folder, device='cpu': asked); (tmp_path/'m').mkdir()
-        assert detect_main([url, '--allow-url', '--model', str(tmp_path/'m')]) in (0,3,4) and 'a.mp4' in capsys.readouterr().out
-        with pytest.raises(DetectError, match='more than 1000 bytes'), D._local(url, Limits(bytes=1000)): pass
+        c,out,err = ask('/a.mp4'); assert c==2 and '--allow-url' in err and 'SECRET' not in err
+        for u in ('file:///etc/hostname','ftp://x/a.mp4','zip://a::b'): c,_,err = shop(u, '--allow-url'); assert c==2 and 'no protocol of the web' in err
+        c,out,err = ask('/moved.mp4', '--allow-url'); r = json.loads(Path('o.json').read_text()); assert c in (0,3,4) and r['file']['url']==f'http://{at}/there/a.mp4' and 'there/a.mp4' in out and 'SECRET' not in out+err+json.dumps(r)
+        assert ask('/asks.mp4', '--allow-url', '--quiet')[0] in (0,3,4)
+        c,_,err = ask('/403.mp4', '--allow-url'); assert c==1 and 'Error 403' in err and 'SECRET' not in err
+        c,_,err = ask('/short.mp4', '--allow-url'); assert c==1 and '1000 bytes are missing' in err
+        with pytest.raises(DetectError, match='more than 1000 bytes'), D._local(f'http://{at}/a.mp4', Limits(bytes=1000)): pass
     finally: s.shutdown(); s.server_close()
+
+def test_descriptors():
+    "Closed standard input and output, and a thousand open files"
+    code = 'import os,resource,sys\nfor k in (0,1): os.close(k)\nfrom deepfake_nb.detect import probe\nassert probe(sys.argv[1])["width"]==640\nresource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])); x = [os.open("/dev/null", 0) for _ in range(1100)]\nassert max(x)>1023 and probe(sys.argv[1])["width"]==640'
+    r = subprocess.run([sys.executable, '-c', code, str(sample('man'))], capture_output=True, text=True); assert r.returncode==0, r.stderr
+
+def test_first_use_without_network(tmp_path):
+    code = 'import sys\nfrom deepfake_nb.detect import probe,DetectError\ntry: probe(sys.argv[1])\nexcept DetectError as e: print(e)'
+    r = subprocess.run([sys.executable, '-c', code, str(sample('man'))], capture_output=True, text=True, env=os.environ|dict(DEEPFAKE_NB_HOME=str(tmp_path), https_proxy='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9'))
+    assert 'man.mp4: the nets that find faces are not here' in r.stdout and not r.stderr, r.stderr
+
+def test_a_taken_reader_takes_nobody_along(asked):
+    "It starts no process and signals none; and were it to start one, that one ends with it"
+    if not detect(sample('man'), asked, every=9).report['sandbox']['no_children']: pytest.skip('this kernel has no seccomp, and the report says so')
+    tries = 'say = []\n for f in (os.fork, lambda: os.kill(os.getppid(), 0), lambda: os.posix_spawn("/bin/true", ["true"], {})):\n  try: f(); say.append("ALLOWED")\n  except OSError as e: say.append(type(e).__name__)\n raise ValueError(say)'
+    with pytest.raises(DetectError) as e, mock.patch.object(D, 'READER', tracks(tries)): detect(sample('woman'), asked)
+    assert 'ALLOWED' not in str(e.value) and str(e.value).count('PermissionError')==3
+    with pytest.raises(DetectError) as e, mock.patch.object(D, 'READER', HEAD+'kid = os.fork()\nif not kid: time.sleep(1000)\nd._send(os.fdopen(out, "wb"), "error", reason=str(kid)); time.sleep(1000)'): detect(sample('woman'), asked)
+    wait_for(lambda: not (p := Path(f'/proc/{e.value.reason}')).exists() or 'zombie' in (p/'status').read_text(), 10)
+    assert D._unlocked(dict(no_files=True, no_network=True, no_children=True))=='' and 'Landlock' in D._unlocked({})
 
 def test_prompt():
     "Help and a wrong path are answered without torch"
@@ -208,4 +323,7 @@ def test_a_team(tmp_path):
     assert set(team.extras)=={'native','mask','sound'} and team.length==60
     v = detect(sample('man'), team, every=1.); k = v.report['tracks'][0]
     assert k['members']['AV'] is None and 0<k['members']['BG']<1 and 0<k['members']['CM']<1 and v.report['skipped']['AV abstained']==len(v.moments)
+    assert 'Sound, context' in ' '.join(v.report['meaning'])
+    w = detect(write_video(tmp_path/'talks.mkv', VideoFile(sample('man')).read(0, 70)[0], sound=np.random.default_rng(0).normal(0, .1, 48000).astype(np.float32)), team).report
+    assert w['tracks'][0]['members']['AV'] is not None and 'Context and the origin' in ' '.join(w['meaning'])
     assert abs(k['score']-float(team.fusion(pd.DataFrame([dict(video='x', label=0, group='x')|k['members']])).iloc[0]))<1e-5

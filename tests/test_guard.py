@@ -18,13 +18,16 @@ case "$*" in
   *'u.find_spec(n)'*) echo torch==2.14.1 ;;
   *'-m venv'*) mkdir -p "${{@: -1}}/bin"; cp "$0" "${{@: -1}}/bin/python" ;;
   *'-m pip'*) [ -z "$HANG" ] || {{ touch "$BOX/hangs"; sleep 60; }} ;;
-  '-m deepfake_nb.guard cache'*|'-c '*) ;;
+  '-m deepfake_nb.guard cache'*) env > "$BOX/set-up.env" ;;
+  '-c '*) ;;
   *) exec {sys.executable} "$@" ;;
 esac
 '''
 CTL = r'''#!/bin/bash
 echo "$*" >> "$BOX/asked"; echo "no route for ${RUNPOD_API_KEY:-nobody}" >&2
 [ "$(wc -l < "$BOX/asked")" -gt "${REFUSALS:-0}" ] || exit 1
+[ -z "$NEEDS_KEY" ] || [ "$RUNPOD_API_KEY" = "$NEEDS_KEY" ] || { echo Unauthorized >&2; exit 1; }
+[ -z "$MAY_NOT" ] || [[ "$*" != $MAY_NOT* ]] || exit 1
 [ ! -e "$DEEPFAKE_NB_HOME/shipped/shipped.json" ] || touch "$BOX/shipped first"
 [ -e "$BOX/heard" ] || touch "$BOX/heard"
 '''
@@ -49,6 +52,9 @@ class Pod:
         cmd = [*before, 'bash', ROOT/'runpod'/'start.sh', '--off-volume', '--volume', self.vol, '--hours', f'{seconds/3600:.6f}', '--margin', '0', *args, '--', 'bash', '-c', plan]
         with open(self.box/'log', 'ab') as log: self.p = subprocess.Popen(cmd, env=self.env, start_new_session=True, **(dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log)|kw))
         return self
+    def over_ssh(self):
+        "A session that lacks what the container knows"
+        there = {k:self.env.pop(k) for k in ('RUNPOD_POD_ID','RUNPOD_API_KEY')}; (self.box/'environ').write_bytes(b'\0'.join(f'{k}={v}'.encode() for k,v in there.items())+b'\0'); return self
     def run(self, *words):
         "One of guard's commands alone"
         with open(self.box/'log', 'ab') as log: self.p = subprocess.Popen([sys.executable,'-m','deepfake_nb.guard',*words], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -106,9 +112,9 @@ def nights(tmp_path_factory):
     yield pods
     for p in pods.values(): p.kill()
 
-@pytest.mark.parametrize('case,least,most', [('set_up_hangs',2,5), ('plan_ignores_sigterm',4,7), ('python_is_broken',2,5), ('python_is_broken_no_stay',0,2.5)])
+@pytest.mark.parametrize('case,least,most', [('set_up_hangs',2,5), ('plan_ignores_sigterm',4,7), ('python_is_broken',0,2.5), ('python_is_broken_no_stay',0,2.5)])
 def test_deadline(nights, case, least, most):
-    "Whatever is broken, the machine is asked to stop; with --stay, by the deadline alone"
+    "Whatever is broken, the machine is asked to stop; --stay is heard once there is a watchdog"
     p = nights[case]; took = p.heard()
     assert least<=took<most and p.asked()[0]=='pod stop pod001', (took, p.asked(), p.log)
     assert dict(set_up_hangs=(p.box/'hangs').exists() and 'set-up failed' not in p.log, plan_ignores_sigterm='it has 60 s to end' in p.log and 'killed' not in p.log).get(case, 'set-up failed' in p.log)
@@ -121,7 +127,45 @@ def test_a_first_command_that_is_wrong(nights):
 def test_the_tool_fails_three_times(pod):
     p = pod(REFUSALS='3', BROKEN='1').start('--no-lab', '--stay', seconds=1)
     p.heard(); assert p.asked()==['pod stop pod001','stop pod pod001']*2
-    words = (p.box/'deadline.log').read_text(); assert 'no route for [key]' in words and 'PLANTED' not in words
+    words = p.log+(p.box/'deadline.log').read_text(); assert 'no route for [key]' in words and 'PLANTED' not in words
+
+@pytest.mark.parametrize('args', [(), ('--no-deadline',), ('--no-deadline','--no-plan','--idle-minutes','.02')])
+def test_over_ssh_each_layer_finds_name_and_key(pod, args):
+    "A session lacks the container's variables: deadline, runner and watchdog look them up, each for itself"
+    p = pod(NEEDS_KEY=SECRETS['RUNPOD_API_KEY']).over_ssh(); (p.box/'gpu').write_text('0\n'); p.start('--no-lab', *args, plan='mkdir -p runs/r; env > runs/r/run.json'); p.heard()
+    assert p.asked()==['pod stop pod001'] and ('ship: 2 files' in p.log)==('--no-plan' not in args) and 'PLANTED' not in p.log and ('watch: no work' in p.log)==('--no-plan' in args)
+    assert all(b'PLANTED' not in b for f,b in told_everywhere(p).items() if f!=p.box/'environ')
+
+def test_the_runner_gives_up_where_the_shell_goes_on(pod):
+    p = pod(REFUSALS='12'); p.home.mkdir(); p.run('run', '--dest', p.box/'away', '--tries', '2', '--', 'true'); assert p.p.wait(30)==0 and len(p.asked())==4 # two rounds of two words
+
+def arm(then, **env): return subprocess.run(['bash','-c',f'. {ROOT}/runpod/deadline.sh; know_pod; {then}'], env=env, capture_output=True, text=True, timeout=30).stdout
+def test_a_note_that_cannot_be_written_costs_no_deadline(pod):
+    "A disk that is full, or read-only: the switch waits, only one of them, and how long is known"
+    p = pod(); p.env['DEEPFAKE_NB_DEADLINE_FILE'] = str(p.box/'nowhere'/'deadline')
+    said = arm('arm_deadline 1; arm_deadline 9; deadline_left', **p.env); assert 'stops itself in 3600 s' in said and 'armed already' in said and 3590<int(said.split()[-1])<=3600 and len(p.of('deepfake_nb-deadline'))==1, said
+    p.start('--no-lab', '--hours', '1', plan='sleep .2', seconds=3600); p.heard(); assert '--limit 3' in p.log
+    assert 'NOT armed' in (said := arm('setsid() { return 1; }; arm_deadline 1 || echo failed', **p.env)) and 'failed' in said
+
+@pytest.mark.parametrize('args', [('--no-lab',), ('--no-lab','--python','python9')])
+def test_a_second_start_ends_nothing(pod, args):
+    p = pod().start('--no-lab', plan='touch $BOX/plan; sleep 60'); wait_for((p.box/'plan').exists)
+    r = subprocess.run(['bash',ROOT/'runpod'/'start.sh','--off-volume','--volume',p.vol,*args], env=p.env, capture_output=True, text=True, timeout=30)
+    assert r.returncode==0 and 'at work here already' in r.stdout and not (p.box/'asked').exists() and p.of('sleep 60')
+    p.p.kill(); wait_for(lambda: subprocess.run(['flock','-n',p.box/'deadline.lock','true']).returncode==0) # nobody else holds it
+
+# ---- the image's own start
+
+def test_the_images_start_is_started_beside_ours(tmp_path):
+    "A root of its own, in which process 1 is a launched pod's first command: /start.sh is not /opt/deepfake_nb/runpod/start.sh"
+    root = tmp_path/'root'; made = f"""set -e; mkdir {root}; mount -t tmpfs t {root}; cd {root}; mkdir -p proc tmp dev opt/deepfake_nb workspace
+        for d in /*; do case $d in /proc|/tmp|/dev|/opt|/workspace|/start.sh) ;; *) if [ -L $d ]; then cp -P $d .$d; elif [ -d $d ]; then mkdir -p .$d; mount --rbind $d .$d; fi ;; esac; done; mount --rbind /dev dev
+        cp -r {ROOT}/runpod opt/deepfake_nb; printf '#!/bin/bash\necho sshd of the image' >start.sh; chmod +x start.sh; mount -t proc proc proc"""
+    run = lambda first: subprocess.run(['unshare','--mount','--pid','--fork','--kill-child','bash','-c',f'{made}; exec chroot {root} {first}'], capture_output=True, text=True, timeout=60, env={k:v for k,v in os.environ.items() if not re.search('RUNPOD|DEEPFAKE', k)})
+    start = 'bash /opt/deepfake_nb/runpod/start.sh --dry-run --no-deadline --off-volume --no-lab; exit $?'
+    if (r := run('true')).returncode: pytest.skip(f'no right to make a root and a process 1 here: {r.stderr[-200:]}')
+    root.rmdir(); assert '+ bare /start.sh' in (r := run(f'bash -c {start!r}')).stdout, r.stderr+r.stdout
+    root.rmdir(); assert '/start.sh runs already' in (r := run(f"bash -c {start!r} /start.sh")).stdout, r.stderr+r.stdout
 
 def test_only_rest_works(pod):
     with Fake(key=SECRETS['RUNPOD_API_KEY']) as fake:
@@ -156,8 +200,18 @@ def test_shipping_fails_and_the_pod_is_stopped_not_terminated(pod):
     assert p.asked()==['pod stop pod001'] and f'The results are still at {p.home}' in p.log and (p.home/'runs'/'r'/'run.json').exists()
 
 def test_terminated_only_when_all_arrived(pod):
-    p = pod().start('--no-lab', '--terminate'); p.heard()
+    p = pod(RUNPOD_VOLUME_ID='v1').start('--no-lab', '--terminate'); p.heard()
     assert p.asked()==['pod delete pod001'] and (p.box/'shipped first').exists()
+
+def test_the_only_copy_is_not_removed(pod):
+    "Without a network volume, results that lie on the pod would go with it"
+    p = pod().start('--no-lab', '--terminate', plan='mkdir -p models; echo best > models/m'); p.heard()
+    assert p.asked()==['pod stop pod001'] and 'not removed, only stopped' in p.log and 'RUNPOD_VOLUME_ID is not set' in p.log and 'models/m' in records(p)
+
+def test_a_removal_that_is_refused_becomes_a_stop(pod):
+    p = pod(RUNPOD_VOLUME_ID='v1', MAY_NOT='*pod').start('--no-lab', '--terminate')
+    wait_for(lambda: (p.box/'asked').exists() and 'pod stop pod001' in p.asked(), 30); p.kill()
+    assert p.asked()[:7]==['pod delete pod001','remove pod pod001']*3+['pod stop pod001']
 
 def test_runner_is_killed(pod):
     p = pod().start('--no-lab', plan='touch $BOX/plan; sleep 100'); wait_for((p.box/'plan').exists); [q.kill() for q in p.of('deepfake_nb.guard','--dest')]
@@ -198,6 +252,18 @@ def test_a_watchdog_that_dies_comes_back(pod):
     p = pod().start('--no-lab', '--no-plan'); one = wait_for(lambda: p.of('deepfake_nb.guard','--token-file'))
     one[0].kill(); wait_for(lambda: [q for q in p.of('deepfake_nb.guard','--token-file') if q.pid!=one[0].pid]); assert 'it is started again' in p.log
 
+def test_a_plan_that_hangs_ships_before_the_watchdog_stops(pod):
+    "The runner hears SIGTERM first; if it is deaf as well, the pod is stopped all the same"
+    p = pod(); (p.box/'gpu').write_text('0\n'); p.start('--no-lab', '--idle-minutes', '.03', '--grace', '1', plan='mkdir -p runs/r; echo half > runs/r/run.json; sleep 600'); p.heard()
+    assert 'The plan that is there is ended' in p.log and 'plan: SIGTERM' in p.log and 'runs/r/run.json' in records(p) and (p.box/'shipped first').exists()
+    from deepfake_nb.guard import runner_of,watch
+    deaf = subprocess.Popen(['bash','-c','trap "" TERM; sleep 60 & wait; wait','-m','deepfake_nb.guard','run'], start_new_session=True); h = p.box/'home'; (h/'pod').mkdir(parents=True); (h/'pod'/'runner').write_text(f'- {deaf.pid}'); t,ended = [0.],[]
+    try:
+        wait_for(lambda: runner_of(h)==deaf.pid); watch(h, 1., gpu=lambda: 0., renewed=lambda: False, sleep=lambda s: t.__setitem__(0, t[0]+s), now=lambda: t[0], stop=lambda: ended.append(t[0]), say=lambda s: None, last=2.)
+        assert ended==[180] and deaf.poll() is None
+    finally: os.killpg(deaf.pid, signal.SIGKILL); deaf.wait()
+    assert runner_of(h)==0
+
 # ---- Lab, and secrets
 
 def ask(url, token=None, data=None):
@@ -206,8 +272,8 @@ def ask(url, token=None, data=None):
     except OSError: return 0,None
 
 def told_everywhere(p):
-    "All that was written under the box, file by file"
-    return {f:f.read_bytes() for f in p.box.rglob('*') if f.is_file() and not f.is_symlink()}
+    "All that was written under the box, file by file; not the clone of this checkout, which has the planted words in its tests"
+    return {f:f.read_bytes() for f in p.box.rglob('*') if f.is_file() and not f.is_symlink() and p.home/'book' not in f.parents}
 
 def test_lab_and_secrets(pod):
     "Lab, really started: on loopback, with its token, a busy kernel keeps the pod. And what was planted in the environment is nowhere"
@@ -221,6 +287,8 @@ def test_lab_and_secrets(pod):
             if (f := p.home/'runs'/'r'/'run.json').exists(): os.utime(f)
     threading.Thread(target=alive, daemon=True).start()
     wait_for(lambda: ask(f'{url}/api/kernels', token)[0]==200)
+    book = next((p.home/'book').iterdir()); assert ask(f'{url}/api/contents', token)[0]==200 and (book/'.git').exists() and any(f.suffix=='.ipynb' for f in (book/'nbs').iterdir())
+    mine = book/'nbs'/'mine.ipynb'; mine.write_text('{}'); subprocess.run(['bash',ROOT/'runpod'/'lab.sh','--volume',p.vol,'--port',str(n)], env=p.env, capture_output=True); assert mine.exists() and not list((p.home/'book').glob('*.part')) # made once
     assert {c.laddr.ip for q in p.of('jupyterlab') for c in q.net_connections() if c.status=='LISTEN'}=={'127.0.0.1'} and [ask(f'{url}/api/kernels', t)[0] for t in (None,'wrong')]==[403,403]
     code,k = ask(f'{url}/api/kernels', token, b'{}'); assert code in (200,201)
     from jupyter_client import BlockingKernelClient
@@ -235,7 +303,7 @@ def test_lab_and_secrets(pod):
     while time.monotonic()<end: lines += map(str, p.lines().values()); time.sleep(.2); assert not (p.box/'asked').exists() # busy, and that is the only sign
     c.stop_channels(); p.heard()
     assert 'the last was: 1 busy kernels' in p.log and f'ssh -N -L {n}:127.0.0.1:{n}' in p.log and len(p.asked())==2
-    written = told_everywhere(p); assert {'base.env','kernel.env'}<={f.name for f in written} and p.home/'runs'/'r'/'env' in written
+    written = told_everywhere(p); assert {'base.env','kernel.env','set-up.env'}<={f.name for f in written} and p.home/'runs'/'r'/'env' in written
     for name,text in [(f,t) for f,t in written.items()]+[('command lines',' '.join(lines).encode())]:
         assert b'PLANTED' not in text, name
         if 'deepfake_nb.lab' not in str(name) and name!=p.home/'pod'/'token': assert token.encode() not in text, name
@@ -256,6 +324,11 @@ def test_lab_is_not_opened_without_the_words(pod):
 
 # ---- set-up and the dry run
 
+def test_a_named_secret_is_there_for_set_up_too(pod):
+    "Weights at s3:// need it; the others stay away, and sshd gets none"
+    p = pod().start('--no-lab', '--keep-secret', 'AWS_SECRET_ACCESS_KEY'); p.heard(); names = lambda f: [k for k,v in SECRETS.items() if v in (p.box/f).read_text()]
+    assert names('set-up.env')==['AWS_SECRET_ACCESS_KEY'] and names('base.env')==[]
+
 def test_set_up_that_takes_too_long_names_its_step(pod):
     p = pod(HANG='1').start('--no-lab', '--minutes', '.03', seconds=1000); p.heard()
     assert "the step 'install the rest' was not done after .03 minutes" in p.log and 's  python and torch' in p.log and not p.of('pip')
@@ -264,4 +337,4 @@ def test_dry_run_prints_all_and_touches_nothing(pod):
     p = pod(); before = sorted(p.box.rglob('*')); r = subprocess.run(['bash',ROOT/'runpod'/'start.sh','--dry-run','--off-volume','--volume',p.vol], env=p.env, capture_output=True, text=True)
     assert r.returncode==0 and sorted(p.box.rglob('*'))==before and not p.family(), r.stderr
     plan = [l for l in r.stdout.splitlines() if l.startswith('+')]; at = [next(i for i,l in enumerate(plan) if w in l) for w in ('deepfake_nb-deadline','bin/base','setup_pod.sh','jupyterlab --no-browser','guard watch','guard run')]
-    assert at==sorted(at) and at[0]==0 and 'deepfake_nb.plan run five_dollars' in plan[-1] and '--limit 45480' in plan[-1] and 'guard cache' in r.stdout and f'--weights {p.vol}/convnextv2_base.safetensors' in r.stdout and 'PLANTED' not in r.stdout
+    assert at==sorted(at) and at[0]==0 and 'deepfake_nb.plan run five_dollars' in plan[-1] and '--limit 71400' in plan[-1] and plan[-1].endswith("-p 'gpu=RTX 4090' -p price=0.39") and 'at worst this costs $7.80' in r.stdout and 'guard cache' in r.stdout and f'--weights {p.vol}/convnextv2_base.safetensors' in r.stdout and 'PLANTED' not in r.stdout

@@ -10,7 +10,7 @@ from deepfake_nb.pack import sample
 CHROMIUM = next((p for p in ('/usr/bin/chromium','/usr/bin/chromium-browser') if Path(p).exists()), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason='no Chromium: apt-get install chromium')
 CELLS = ('from deepfake_nb.look import Look\nboard = Look(["{model}"], every=.5); board', 'print(6*7)',
-         'from deepfake_nb.look import Timeline\nTimeline(tracks=[dict(name=n, answer="", moments=[[t, t+.1, .5, 1] for t in ts]) for n,ts in (("face 0", range(9)), ("face 1", range(5, 9)))], seconds=10.)')
+         'from deepfake_nb.look import Timeline\nTimeline(tracks=[dict(name=n, answer=a, score=m, moments=[[t, t+.1, .5, 1] for t in ts]) for n,a,m,ts in (("face 0", "real", .1, range(9)), ("face 1", "fake", .6, range(5, 9)))], seconds=10., fake_at=.4, real_at=.2)')
 
 CONNECTED = "() => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.connectionStatus==='connected'"
 BUSY = "() => void window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code:'import ctypes; ctypes.PyDLL(None).sleep(2)'})" # the interpreter stands still: Lab hands widgets a thread of their own, which a busy cell does not hold up
@@ -128,6 +128,14 @@ def test_from_face_to_face(page):
     wait_for(lambda: b.get_attribute('aria-valuetext').startswith(('7.0 s','7.1 s'))); assert b.evaluate('x => x===document.activeElement') and a.get_attribute('tabindex')=='-1'
     page.keyboard.press('Home'); page.keyboard.press('ArrowUp'); wait_for(lambda: a.get_attribute('aria-valuetext').startswith(('5.0 s','5.1 s'))); assert a.evaluate('x => x===document.activeElement')
 
+def test_a_moment_has_the_word_of_its_face(page):
+    "The same scores, past the line for fake: only those of the face that is called fake are drawn and said to be; the mean is the report's"
+    two = page.locator('.jp-CodeCell').nth(2).get_by_role('slider', name='scores over time'); seen = []
+    for face in (two.nth(0), two.nth(1)):
+        face.focus(); page.keyboard.press('End'); wait_for(lambda: face.get_attribute('aria-valuetext')!='no moment chosen'); text = face.get_attribute('aria-valuetext'); assert 'score 0.50' in text
+        seen.append((face.locator('circle.fake').count(), 'above the line for fake' in text, face.locator('text.title').text_content()))
+    assert seen==[(0, False, 'face 0: real, mean 0.10'), (4, True, 'face 1: fake, mean 0.60')]
+
 def test_a_file_that_is_sent(page, lab, judged):
     "Slice by slice through the file chooser; after the verdict nothing of it is left"
     f = lab[0]/'sent.mp4'; shutil.copy(sample('man'), f); f.write_bytes(f.read_bytes()+bytes(12_000_000)) # more than one message of the server may hold
@@ -139,14 +147,14 @@ def test_a_file_that_is_sent(page, lab, judged):
 
 def test_bad_files_end_in_words(page, lab, judged):
     bad = lab[0]/'bad.mp4'; bad.write_bytes(b'<script>no film</script>'*500)
-    for path,has in ((bad,'bad.mp4: '), (lab[0]/'nowhere.mp4','cannot be opened'), (lab[0],'it is a folder'), ('','no film was named')):
+    for path,has in ((bad,'bad.mp4: '), (lab[0]/'nowhere.mp4','cannot be opened'), (lab[0],'it is a folder'), ('~nobody of this name/film.mp4','cannot be opened'), ('','no film was named')):
         said = judge(page, path, has); assert 'Remedy' in said and 'Traceback' not in said
     assert not readers(lab) and not page.errors; shot(page, lab, 'bad')
 
 def test_stop_ends_the_reader(page, lab, judged):
     box = board(page).get_by_label('Film'); box.fill(str(sample('woman'))); box.press('Tab'); press(page, 'Run')
     wait_for(lambda: board(page).locator('.dfnb-timeline circle').count()); assert readers(lab); press(page, 'Stop'); said = words(page, 'Stopped.')
-    assert 'it is no verdict' in said and not readers(lab) and board(page).get_by_role('button', name='Run', exact=True).is_enabled()
+    assert 'it is no verdict' in said and not readers(lab); wait_for(board(page).get_by_role('button', name='Run', exact=True).is_enabled)
 
 def test_dark_narrow_and_large(page, lab, judged):
     "The theme of Lab, a window of 390 px, and letters twice as large: nothing is cut off to the right"

@@ -1,5 +1,5 @@
 "The monitor over real writers: 24 processes that train, die, lie about the time and tear their lines; shares that vanish; addresses; a terminal. SOAK=N for the long count."
-import json,math,os,random,re,shutil,signal,subprocess,sys,threading,time
+import json,math,os,random,re,resource,shutil,signal,subprocess,sys,tempfile,threading,time,tracemalloc
 from datetime import datetime,timezone
 from functools import partial
 from html.parser import HTMLParser
@@ -13,13 +13,14 @@ from common import count,ended,fork,told,wait_for
 from test_progress import Terminal
 from deepfake_nb.budget import Ledger
 from deepfake_nb.journal import Journal
-from deepfake_nb.monitor import Events,Monitor,MonitorError,Rules,alarms,monitor_page,overview,page,read_events
+from deepfake_nb import monitor
+from deepfake_nb.monitor import Events,Monitor,MonitorError,Rules,alarms,monitor_main,monitor_page,overview,page,read_events
 from deepfake_nb.pack import write_json
 from deepfake_nb.runs import machine_id
 
 ROOT = Path(__file__).resolve().parent.parent
 TEAM = {1:SimpleNamespace(models=('BG','AV')), 2:SimpleNamespace(models=('CM','RR')), 3:SimpleNamespace(models=('LL','TM'))}
-AGES = ('beat_age','step_age','checkpoint_age','allowed')
+AGES = ('beat_age','step_age','life_age','checkpoint_age','allowed')
 
 # ---- 24 writers
 
@@ -218,8 +219,123 @@ def test_a_share_that_is_away_for_a_while(tmp_path):
     m = Monitor(share, team=TEAM, steady=lambda: t[0]); before = rows_of(m.look())
     os.rename(share, tmp_path/'away'); t[0] = 200.; s = m.look()
     assert rows_of(s)==before and s['listing']['age']==200. and 'FileNotFoundError' in s['listing']['error'] and 'last listed 0:04 ago' in overview(s)[0] and 'last listed' in page(s)
-    os.rename(tmp_path/'away', share); s = m.look(); assert s['listing']==dict(age=0., error='')
+    os.rename(tmp_path/'away', share); s = m.look(); assert s['listing']==dict(age=0., error='', unseen=[])
     with pytest.raises(MonitorError, match='Remedy'): Monitor(tmp_path/'none').look()
+
+# ---- lives, nights, records that were left open
+
+def run(folder, state='running', clock=time.time, rec=None, **kw):
+    "A run of one step"
+    j = Journal(folder, every=0., clock=clock); j.log(step=1, loss=.5); j.beat(state, step=1, **kw); j.close()
+    if rec is not None: write_json(folder/'run.json', dict(stage='phase_a', status='running', parameters={}, host=machine_id(), pid=2**22-7, pid_started=1.)|rec)
+    return folder
+
+def old(folder, s=86_400):
+    for p in folder.iterdir(): os.utime(p, (time.time()-s,)*2)
+
+def rung(s): return [(a['kind'], a['run']) for a in s['alarms'] if a['kind']!='disk']
+
+@pytest.mark.parametrize('state', ['done','budget','signal'])
+def test_killed_after_its_training(tmp_path, state):
+    "The training ended, the notebook had more to do and was killed: that is no good end"
+    d = run(tmp_path/'ann/runs/x', state, rec={}); m = Monitor(tmp_path, team=TEAM); assert m.look()['runs'][0]['state']!='crashed' # a moment ago: it may still be at it
+    old(d); s = Monitor(tmp_path, team=TEAM).look(); assert rung(s)==[('crashed', 'ann/runs/x')] and f'had ended ({state})' in s['runs'][0]['why']
+    write_json(d/'run.json', dict(stage='phase_a', status='running', parameters={}, host='another')); old(d); assert Monitor(tmp_path, team=TEAM).look()['counts']==dict(crashed=1) # nobody can ask; silent for a day
+
+@pytest.mark.parametrize('pid', [2**22-7, -5, 0, 1.5, 2**31-1])
+def test_another_machine_of_our_name(tmp_path, pid):
+    "A pid that is not here says nothing while the run beats"
+    d = run(tmp_path/'ann/runs/x', rec=dict(pid=pid)); assert Monitor(tmp_path, team=TEAM).look()['counts']==dict(running=1)
+    old(d, 400); assert Monitor(tmp_path, team=TEAM).look()['counts']==({'crashed':1} if pid>=1 else {'stale':1})
+
+def test_two_nights_are_no_habit(tmp_path):
+    clock,t = [1e9],[0.]; j = Journal(tmp_path/'ann/runs/x', every=0., clock=lambda: clock[0])
+    for life in range(3):
+        for n in range(1+10*life, 11+10*life): clock[0] += 1; j.log(step=n, loss=.5); j.beat(step=n, steps=100, checkpoint=10*life)
+        clock[0] += 10*3600
+    j.close(); m = Monitor(tmp_path, team=TEAM, steady=lambda: t[0]); assert m.look()['runs'][0]['allowed']==300.
+    t[0] = 1200.; assert rung(m.look())==[('silent', 'ann/runs/x')]
+
+@pytest.mark.parametrize('away', [24*3600, -5*3600, 1800])
+def test_the_work_that_a_crash_would_cost(tmp_path, away):
+    "Resumed at its checkpoint: the night, or a clock that is behind, is no work; three hours and a half later it is due"
+    clock = [1e9]; j = Journal(tmp_path/'ann/runs/x', every=0., clock=lambda: clock[0])
+    def go(steps, dt=1.):
+        for n in steps: clock[0] += dt; j.log(step=n, loss=.5); j.beat(step=n, steps=900, checkpoint=8)
+    go(range(1, 11)); clock[0] += away; go(range(9, 12)); r = Monitor(tmp_path, team=TEAM).look()['runs'][0]; assert 2<=r['checkpoint_age']<10
+    go(range(12, 77), 200.); s = Monitor(tmp_path, team=TEAM).look(); assert rung(s)==[('checkpoint', 'ann/runs/x')] and abs(s['runs'][0]['checkpoint_age']-13_002)<100; j.close()
+
+def test_a_crash_is_forgiven_by_one_clock(tmp_path):
+    "Not by an older run of a machine whose clock is ahead, nor by a colleague's; by a later one of the same person"
+    ok,bad = dict(status='succeeded'),dict(status='failed', reason='oom'); run(tmp_path/'ann/runs/old', 'done', rec=ok|dict(host='ahead', started='2026-11-28T20:00:00+00:00')); old(tmp_path/'ann/runs/old', 500)
+    run(tmp_path/'ann/runs/new', 'failed', rec=bad|dict(host='right', started='2026-11-28T12:00:00+00:00')); old(tmp_path/'ann/runs/new', 400); run(tmp_path/'ben/runs/his', 'done', rec=ok|dict(host='b', started='2026-11-28T21:00:00+00:00'))
+    look = lambda: rung(Monitor(tmp_path, team=TEAM).look()); assert look()==[('crashed', 'ann/runs/new')]
+    run(tmp_path/'ann/runs/again', rec=dict(host='behind', started='2026-11-28T05:00:00+00:00')); assert look()==[]
+
+def test_who_was_alive_does_not_vanish(tmp_path):
+    for n in ('x','y'): run(tmp_path/f'ann/runs/{n}', 'running' if n=='x' else 'done')
+    m = Monitor(tmp_path, team=TEAM); m.look(); os.rename(tmp_path/'ann', tmp_path/'.away')
+    for _ in range(2): s = m.look(); assert rung(s)==[('crashed', 'ann/runs/x')] and s['runs'][0]['why']=='its folder is gone' and len(s['runs'])==1
+    os.rename(tmp_path/'.away', tmp_path/'ann'); s = m.look(); assert s['counts']==dict(running=1, done=1) and rung(s)==[]
+
+def test_a_real_training_that_meets_a_nan(tmp_path):
+    "It refuses the step, so no row says so; its last words do"
+    import torch
+    from deepfake_nb.training import TrainConfig,TrainingError,train
+    def loader(cursor):
+        while True: yield torch.randn(4, 3)
+    seen = []
+    def loss(m, b): seen.append(1); return dict(loss=m(b).square().mean()*(math.nan if len(seen)>5 else 1.))
+    with pytest.raises(TrainingError): train(torch.nn.Linear(3, 1), loader, loss, TrainConfig(steps=10, device='cpu', precision='fp32'), folder=tmp_path/'checkpoints/net', journal=Journal(tmp_path/'ann/runs/x', every=0.), progress=False)
+    s = Monitor(tmp_path, team=TEAM).look(); assert rung(s)==[('nan', 'ann/runs/x')] and 'loss of step 6 is nan' in s['alarms'][0]['words']
+    j = Journal(tmp_path/'ben/runs/y', every=0.); j.log(step=1, loss=.5, norm=math.nan, evaluation=dict(auc=math.nan, real=math.nan, fake=.5)); j.beat(step=1); j.close()
+    r = Monitor(tmp_path/'ben', team=TEAM).look()['runs'][0]; assert r['odd']==dict(norm=1, auc=1, real=1) and r['auc']=='nan'
+
+# ---- what cannot be read
+
+def deep(folder, n=1200):
+    "Folders in each other, deeper than a path can say"
+    fd = os.open(folder, os.O_RDONLY)
+    for _ in range(n): os.mkdir('d', dir_fd=fd); new = os.open('d', os.O_RDONLY, dir_fd=fd); os.close(fd); fd = new
+    os.close(fd)
+
+def test_hostile_files(tmp_path):
+    "Pipes, devices, links in a circle, a thousand folders: each is named, and the run beside them is watched"
+    run(tmp_path/'ann/runs/well'); evil = [tmp_path/f'ben/runs/{k}' for k in ('pipe','zero','circle','nowhere')]
+    for d in evil: d.mkdir(parents=True)
+    os.mkfifo(evil[0]/'status.json'); (evil[1]/'run.json').symlink_to('/dev/zero'); (evil[2]/'metrics.jsonl').symlink_to('metrics.jsonl'); (evil[3]/'status.json').symlink_to('/nowhere'); (tmp_path/'ben/loop').symlink_to('..')
+    pid = fork(lambda: deep(tmp_path)); assert ended(pid)==0
+    try: s = Monitor(tmp_path, team=TEAM).look()
+    finally: subprocess.run(['rm', '-rf', tmp_path/'d'], check=True)
+    assert s['counts']==dict(running=1) and sorted(u.split('/')[2] for u in s['listing']['unseen'])==['circle','nowhere','pipe','zero'] and {a['kind'] for a in s['alarms']}-{'disk'}=={'unreadable'}
+    src = monitor.Source(tmp_path); got, = src.read([('ben/runs/pipe/status.json', None, None)]); assert isinstance(got, OSError) # it became one after it was listed
+
+def test_closed_files_and_folders(tmp_path):
+    "As somebody who may not read: a closed file, a closed folder"
+    with tempfile.TemporaryDirectory() as top:
+        top = Path(top); a,b = run(top/'ann/runs/x'),run(top/'ben/runs/y'); run(top/'eve/runs/z'); top.chmod(0o755)
+        def nobody():
+            if os.geteuid()==0: os.setgid(65534); os.setuid(65534)
+            s = Monitor(top, team=TEAM).look(); r = {r['run']:r for r in s['runs']}
+            assert set(r)=={'ann/runs/x','eve/runs/z'} and 'PermissionError' in r['ann/runs/x']['unreadable'] and r['eve/runs/z']['state']=='running'
+            assert sorted(rung(s))==[('unreadable', ''),('unreadable', 'ann/runs/x')] and len(s['listing']['unseen'])==1 and s['listing']['unseen'][0].startswith('ben: PermissionError')
+            return monitor_main([str(top), '--once'])
+        for p in a.iterdir(): p.chmod(0)
+        (top/'ben').chmod(0)
+        try: assert ended(fork(nobody))==3
+        finally: (top/'ben').chmod(0o700)
+
+def test_a_line_without_an_end(tmp_path, monkeypatch):
+    "Zeros without a newline: memory stays small, it is one broken line, it is read once, and what comes behind it counts"
+    d = tmp_path/'ann/runs/x'; d.mkdir(parents=True); f = d/'metrics.jsonl'; f.write_bytes(b'{"step": 1, "loss": 0.5}\n'); os.truncate(f, 60*2**20)
+    m = Monitor(tmp_path, team=TEAM); tracemalloc.start(); r = m.look()['runs'][0]; peak = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert (r['rows'], r['broken'], r['torn'], r['unreadable'])==(1, 1, 0, '') and peak<30e6
+    asked = []; whole = monitor.Source._piece; monkeypatch.setattr(monitor.Source, '_piece', lambda self, p, a, b: (asked.append((b or 0)-(a or 0)), whole(self, p, a, b))[1])
+    with open(f, 'ab') as o: o.write(b'\0\n{"step": 2, "loss": 0.4}\n')
+    r = m.look()['runs'][0]; assert (r['rows'], r['broken'], r['step'])==(2, 1, 2) and sum(asked)<200
+    monkeypatch.setattr(monitor, 'ROUNDS', 3); m = Monitor(tmp_path, team=TEAM); assert 'left for the next look' in m.look()['runs'][0]['unreadable']
+    for _ in range(10): r = m.look()['runs'][0]
+    assert (r['rows'], r['broken'], r['unreadable'])==(2, 1, '')
 
 # ---- addresses
 
@@ -249,6 +365,27 @@ def test_folder_file_memory_and_http_say_the_same(tmp_path):
         assert ms[3].look()['runs'][0]['rows']==31
         Quiet.sick = True; s = ms[3].look(); assert [r['rows'] for r in s['runs']]==[31,1] and s['listing']['error']; Quiet.sick = False; assert not ms[3].look()['listing']['error']
     finally: Quiet.sick = False; server.shutdown(); server.server_close(); mem.rm('/monitored', recursive=True)
+
+class Timeless(Quiet):
+    def send_header(self, k, v): k=='Last-Modified' or super().send_header(k, v)
+
+def test_an_address_without_times(tmp_path, capsys):
+    "Seen once, nobody knows whether it lives: that is said and rings; who has changed at the second look is alive"
+    old(run(tmp_path/'ann/runs/x')); alive = threading.Event()
+    def beats():
+        j = Journal(tmp_path/'ann/runs/x', every=0.)
+        while alive.is_set(): j.beat(step=2, said=time.time()); time.sleep(.05)
+        j.close()
+    for handler,beating in ((Quiet, False),(Timeless, False),(Timeless, True)):
+        server = ThreadingHTTPServer(('127.0.0.1', 0), partial(handler, directory=str(tmp_path))); threading.Thread(target=server.serve_forever, daemon=True).start()
+        if beating: alive.set(); w = threading.Thread(target=beats); w.start()
+        try:
+            url = f'http://127.0.0.1:{server.server_address[1]}/'; s = Monitor(url, team=TEAM).look(); assert s['counts']==({'running':1} if handler is Timeless else {'crashed':1})
+            if handler is Timeless: assert rung(s)==[('unreadable', 'ann/runs/x')] and s['runs'][0]['beat_age'] is None and 'nobody says yet' in overview(s, 200)[2]
+            code,out = monitor_main([url, '--once', '--every', '.4']),capsys.readouterr().out; assert 'ALARM' not in out.replace('ALARM disk', '') if beating else code==3 and ('ALARM unreadable' in out)==(handler is Timeless)
+        finally:
+            server.shutdown(); server.server_close()
+            if beating: alive.clear(); w.join()
 
 class Bucket(Quiet):
     "As much of S3 as a reader needs: list, size, ranges"
@@ -310,6 +447,16 @@ def test_tensorboard_after_a_kill_at_any_byte(tmp_path):
         good += [(e[1], e[2]) for e in read_events(tmp_path/'tb/CM/host')]==[(r['step'], pytest.approx(dict(loss=r['loss']))) for r in j.rows]
     told(good, n, 'event files cut anywhere are completed', 0)
 
+def test_tensorboard_of_names_alike_and_of_many_runs(tmp_path):
+    "`person 1` and `person_1` have directories of their own; a key that is no text is a tag; a hundred runs need few open files"
+    for who in ('person 1','person_1',*(f'p{i}' for i in range(100))): j = Journal(tmp_path/f'share/{who}/runs/x', every=0.); j.log(step=1, loss=.5, **{'\ud800':1.}); j.close()
+    def few():
+        n = len(os.listdir('/proc/self/fd')); resource.setrlimit(resource.RLIMIT_NOFILE, (n+20, n+20))
+        for want in (102, 0): m,ev = Monitor(tmp_path/'share', rows=True, team=TEAM),Events(tmp_path/'tb'); m.look(); assert m.events(ev)==want; ev.close()
+        a,b = (list(read_events(ev.home(f'{p}/runs/x'))) for p in ('person 1','person_1')); assert a[0][2]==b[0][2]=={'loss':.5, '?':1.} and len(a)==len(b)==1
+    import tensorboard.compat.proto.event_pb2,tensorboard.compat.proto.summary_pb2,tensorboard.summary.writer.record_writer,tensorboard.backend.event_processing.event_file_loader
+    assert ended(fork(few))==0
+
 class Tags(HTMLParser):
     def __init__(self): super().__init__(); self.seen = set()
     def handle_starttag(self, tag, attrs): self.seen.add(tag); assert not any(k.startswith('on') or 'javascript' in (v or '').lower() for k,v in attrs), (tag, attrs)
@@ -337,5 +484,9 @@ def test_command(tmp_path):
     r = cli(tmp_path/'share', '--once', '--json', '-', '--ledger', tmp_path/'ledger.json'); s = json.loads(r.stdout); bad = [a for a in s['alarms'] if a['kind']!='disk'] # this machine's disk may really be full
     assert r.returncode==(3 if s['alarms'] else 0) and bad==[] and r.stderr=='' and s['money']['purses']==[dict(purse='train', dollars=5., spent=1., left=4.)]
     led.charge(3.8*3600, 'train', 'x', 1.); r = cli(tmp_path/'share', '--once', '--ledger', tmp_path/'ledger.json', '--html', tmp_path/'p.html'); assert r.returncode==3 and 'ALARM budget' in r.stdout and 'Purses' in (tmp_path/'p.html').read_text()
+    (tmp_path/'empty').mkdir(); r = cli(tmp_path/'empty', '--once'); assert r.stdout.startswith('no runs yet') and r.returncode==(3 if 'ALARM' in r.stdout else 4)
     r = cli(tmp_path/'none', '--once'); assert (r.returncode, r.stdout)==(1, '') and r.stderr.startswith('deepfake-nb monitor: ') and 'Remedy: ' in r.stderr and 'Traceback' not in r.stderr
+    (tmp_path/'plan/tasks').mkdir(parents=True); write_json(tmp_path/'plan/tasks/a.json', dict(state='failed', reason='out of memory')); os.mkfifo(tmp_path/'plan/tasks/b.json')
+    r = cli(tmp_path/'share', '--once', '--plan', tmp_path/'plan'); assert r.returncode==3 and 'plan plan: 1 failed' in r.stdout and 'a failed: out of memory' in r.stdout and 'ALARM plan: b.json' in r.stdout
+    assert Monitor(tmp_path/'share', checkpoints='memory://monitored', team=TEAM).disk()['free']>0 # the checkpoints are far away, the disk of the runs is not
     assert cli('--every', 'x').returncode==2 and cli('nosuch://x', '--once').returncode==1

@@ -1,9 +1,9 @@
 "Renting, sweeping and stopping: random worlds in which most layers are dead and the provider lies, each layer alone, each layer broken on purpose; then real time-outs, signals, shells, and a search for the key in everything that was written"
-import contextlib,hashlib,io,json,math,os,random,re,signal,subprocess,sys,threading,time
+import contextlib,hashlib,io,json,math,os,random,re,shlex,signal,subprocess,sys,threading,time
 from pathlib import Path
 import psutil,pytest
 from common import count,told,wait_for
-from fake_runpod import FAULTS,Fake,World
+from fake_runpod import BENT,FAULTS,ODD,Fake,World
 from deepfake_nb import guard,pod as P
 from deepfake_nb.pod import Key,Order,PodError,Refused,RunPod,SLACK,Unsure,pod_main,proved,pull,send,start_command
 
@@ -21,11 +21,11 @@ def play(folder, seed, only=None, broken=None, cls=RunPod):
     rng = random.Random(seed); hours = rng.choice([.15,.25,.4]); w = World(folder, seed, key=KEY); f = w.fake; t0 = f.now(); end = t0+hours*3600
     sure = only or rng.choice(LAYERS); alive = {sure}|set(() if only else rng.sample(LAYERS, rng.randint(0, 4)))
     well = end+rng.uniform(-600, 900); windows = [sorted(rng.uniform(t0, well) for _ in '12') for _ in range(rng.randint(0, 3))]+[(rng.uniform(end-120, well), well)]*(rng.random()<.8)+[(t0, t0+rng.uniform(0, 300))]*(rng.random()<.4)
-    kinds,p = rng.sample([*FAULTS,'stale','empty'], rng.randint(1, 4)),rng.choice([.3,.7,1.])
+    kinds,p = rng.sample([*FAULTS,'stale','empty','odd'], rng.randint(1, 4)),rng.choice([.3,.7,1.])
     f.fault = lambda m, path: rng.choice(kinds) if f.now()<well and any(a<=f.now()<b for a,b in windows) and rng.random()<p else None
     if rng.random()<.5: until = rng.uniform(t0, well); f.deaf = lambda id: f.now()<until
     f.slow,f.boot,f.page,f.price = rng.choice([0,0,15,30]),rng.choice([0,20,60]),rng.choice([1,2,1000]),rng.choice([.39]*6+[.8])
-    for i in range(rng.randint(0, 3)): f.make(dict(name=f'somebody-elses-{i}')) # nobody's business
+    for i in range(rng.randint(0, 3)): f.make(dict(name=rng.choice([f'somebody-elses-{i}','',None])), bend=rng.choice([{}, *BENT[:8]])) # nobody's business
     ends = rng.uniform(30, max(40, hours*3600-400)); how = rng.choice([KeyboardInterrupt,SystemExit,ZeroDivisionError]); w.expected = (KeyboardInterrupt,SystemExit,ZeroDivisionError,PodError,OSError)
     kw = dict(deadline={}, runner=dict(ends=rng.choice([0, 0, ends]), how=how, bring=rng.choice([None, lambda: None, threading.Event().wait])), pod_runner=dict(ends=rng.choice([0, 0, ends]), unshipped=rng.random()<.3), idle=dict(ends=ends, minutes=rng.choice([2,4])), sweep={})
     if broken: kw[only] |= broken
@@ -33,7 +33,7 @@ def play(folder, seed, only=None, broken=None, cls=RunPod):
     victims = []
     def on_pod(id):
         for n in ('deadline','pod_runner','idle'):
-            if n in alive and f.pods[id]['name'].startswith('dfnb'):
+            if n in alive and (f.pods[id]['name'] or '').startswith('dfnb'):
                 got = w.layer(n, id, None, end, **kw[n])
                 if n!=sure and rng.random()<.3: f.clock.at(f.now()+rng.uniform(0, hours*4000), lambda: w.end_shell(id) if n=='deadline' else w.kill(got))
     f.booted = on_pod
@@ -49,15 +49,15 @@ def play(folder, seed, only=None, broken=None, cls=RunPod):
         if sure!='sweep' and rng.random()<.3: f.clock.at(t0+rng.uniform(0, hours*4000), lambda: w.kill(got))
     f.clock.at(max(well, end)+600, f.clock.end)
     w.run(9)
-    ours = [p for p in f.pods.values() if p['name'].startswith('dfnb')]
+    ours = [p for p in f.pods.values() if (p['name'] or '').startswith('dfnb')]
     late = max([(p['end'] or f.now())-max(well, p['born']+hours*3600) for p in ours], default=-math.inf)
-    return late,dict(seed=seed, alive=sorted(alive), sure=sure, kinds=kinds, pods=len(ours), touched=[p for p in f.pods.values() if not p['name'].startswith('dfnb') and p['end']], unsure=[s for s in sweeps if s])
+    return late,dict(seed=seed, alive=sorted(alive), sure=sure, kinds=kinds, pods=len(ours), touched=[p for p in f.pods.values() if not (p['name'] or '').startswith('dfnb') and p['end']], unsure=[s for s in sweeps if s])
 
 def checked(fake, api):
     "A sweep that says `nothing overdue` while something is, though no list has lied; its name, or ''"
     n = len(fake.calls); code = api.sweep().code
     lied = any(c[3] in ('stale','empty') for c in fake.calls[n:])
-    over = [p['name'] for p in fake.pods.values() if p['name'].startswith('dfnb') and p['end'] is None and fake.now()-p['born']>=P.ttl_of(p['name'])*3600+1]
+    over = [p['name'] for p in fake.pods.values() if (p['name'] or '').startswith('dfnb') and p['end'] is None and fake.now()-p['born']>=P.ttl_of(p['name'])*3600+1]
     return str(over) if code in (0,3) and over and not lied else ''
 
 def test_no_path_leaves_a_paid_pod(tmp_path):
@@ -73,13 +73,13 @@ def test_no_path_leaves_a_paid_pod(tmp_path):
 def test_each_layer_alone(tmp_path, layer):
     n = count(4)//(8 if 'SOAK' in os.environ else 1); bad = []
     for i in range(n):
-        rng = random.Random(f'{layer}{i}'); w = World(tmp_path/str(i), i, key=KEY); f = w.fake; hours = .2; end = f.now()+hours*3600; fault = rng.choice([*FAULTS,'deaf','slow','none']); a,b = end-rng.uniform(0, 200),end+rng.uniform(0, 400)
-        f.fault = lambda m, p: fault if fault in FAULTS and a<=f.now()<b else None
+        rng = random.Random(f'{layer}{i}'); w = World(tmp_path/str(i), i, key=KEY); f = w.fake; hours = .2; end = f.now()+hours*3600; fault = rng.choice([*FAULTS,'odd','deaf','slow','none']); a,b = end-rng.uniform(0, 200),end+rng.uniform(0, 400)
+        f.fault = lambda m, p: fault if fault in (*FAULTS,'odd') and a<=f.now()<b else None
         if fault=='deaf': f.deaf = lambda id: f.now()<b
         f.slow = 30 if fault=='slow' else 0
         made = f.make(dict(name=f'dfnb-ttl{hours:g}-x')); w.expected = (KeyboardInterrupt,)
         w.layer(layer, made['id'], w.client(RunPod, send), end, **(dict(ends=300, minutes=5) if layer=='idle' else {})); w.run(3)
-        late = (made['end'] or math.inf)-max(end, b if fault in [*FAULTS,'deaf'] else 0)
+        late = (made['end'] or math.inf)-max(end, b if fault in [*FAULTS,'odd','deaf'] else 0)
         if late>SLACK: bad.append((fault, late))
     assert not bad, bad
 
@@ -160,6 +160,14 @@ def test_a_wrong_key_is_refused_and_not_repeated():
         with pytest.raises(Refused): real(f).sweep()
         assert pod_main(['sweep','--api',f.url])==1
 
+def test_a_time_without_zone_is_utc():
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv('TZ', 'America/New_York'); time.tzset()
+        with Fake(key=KEY) as f:
+            ours = f.make(dict(name='dfnb-ttl1-x'), bend=dict(createdAt=time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(f.now()-1800)))); api = real(f); assert .49<api.age(api.pods()[0])<.51
+            f.skew = 0; api._send = lambda *a, **k: (lambda s, h, b: (s,dict(h)|{'Date':h['Date'].replace('GMT', '-0000')},b))(*send(*a, **k)); api.pods(); assert abs(api.drift)<2
+    time.tzset()
+
 def test_a_redirect_takes_the_key_nowhere():
     got = []
     class Moved(Fake):
@@ -213,10 +221,99 @@ def test_launch_stays_until_the_results_are_here(tmp_path):
         code,said = here(f, *LAUNCH, '--volume', 'vol1', '--yes', '--ssh', '--source', tmp_path/'v', '--pull', tmp_path/'h'); t.join()
         assert code==0 and 'ssh -N -L 8888:127.0.0.1:8888' in said and 'pod001: done' in said and 'results: here, and proved' in said and f.pods['pod001']['status']=='EXITED'
 
+@pytest.mark.parametrize('bend', [dict(name=''), dict(name=None), *[dict(bend=b) for b in BENT]], ids=str)
+def test_one_odd_pod_of_anybody_does_not_save_ours(bend):
+    with Fake(key=KEY) as f:
+        ours = f.make(dict(name='dfnb-ttl1-x'), createdAt=f.now()-7200); other = f.make(dict(name='other'), **bend); lost = bend==dict(bend=dict(id=None)) # anybody's
+        code,said = here(f, 'sweep', '--patience', '5'); assert ours['status']=='EXITED' and other['end'] is None and code==(1 if lost else 3) and ('cannot be read' in said)==lost
+        assert here(f, 'list')[0]==0
+
+@pytest.mark.parametrize('answer', [*ODD, *BENT], ids=str)
+def test_one_odd_answer_does_not_end_a_stop(answer):
+    with Fake(key=KEY) as f:
+        made = f.make(dict(name='dfnb-ttl1-x')); n = iter('ab'); f.fault = lambda m, p: next(n, None) and 'odd'; f.odd = lambda data: data|answer if answer in BENT else answer
+        code,said = here(f, 'stop', 'pod001'); assert code==0 and made['status']=='EXITED' and 'EXITED' in said
+
+def test_a_mistyped_id_is_not_gone():
+    with Fake(key=KEY) as f:
+        made = f.make(dict(name='dfnb-ttl1-x')); code,said = here(f, 'stop', 'pod0001'); assert code==1 and 'no such pod' in said and 'pod001 (dfnb-ttl1-x)' in said and made['end'] is None
+        n = iter('abc'); f.fault = lambda m, p: next(n, None) and '500'; code,said = here(f, 'stop', 'pod0001'); assert code==1 and 'no such pod' in said
+        assert here(f, 'stop', 'pod001', '--terminate', '--lose-results')[0]==0 and made['status']=='TERMINATED'
+
+def rented(f, act, *a, volume='vol1'):
+    "A launch that stays; `act()` happens when the pod is there"
+    t = threading.Thread(target=lambda: (wait_for(lambda: f.pods), act())); t.start(); got = here(f, *LAUNCH, *(['--volume',volume] if volume else ['--lose-everything']), '--yes', *a); t.join(); return got
+
+def test_results_in_the_middle_are_no_end(tmp_path):
+    with Fake(key=KEY) as f:
+        def pod():
+            shipped(tmp_path/'v', dict(half=b'1'), final=False); n = len(f.calls); wait_for(lambda: len(f.calls)>n+6); assert f.pods['pod001']['end'] is None
+            shipped(tmp_path/'v', dict(half=b'1', rest=b'2'))
+        code,said = rented(f, pod, '--source', tmp_path/'v', '--pull', tmp_path/'h'); assert code==0 and (tmp_path/'h/rest').exists() and 'exit code 0' in said and f.pods['pod001']['end']
+
+def test_a_plan_that_failed_is_no_success(tmp_path):
+    for pull_it in ([],['--pull',tmp_path/'h']):
+        with Fake(key=KEY) as f: code,said = rented(f, lambda: shipped(tmp_path/'v', dict(a=b'1'), code=1), '--source', tmp_path/'v', *pull_it); assert code==1 and 'exit code 1' in said; (tmp_path/'v/shipped.json').unlink()
+    with Fake(key=KEY) as f: code,said = rented(f, lambda: f.stop('pod001'), '--source', tmp_path/'v'); assert code==1 and 'was not shipped' in said
+    with Fake(key=KEY) as f: assert rented(f, lambda: f.stop('pod001'), '--source', tmp_path/'v', '--', '--no-plan')[0]==0
+
+def test_the_list_of_another_pod_touches_nothing(tmp_path):
+    shipped(tmp_path/'v', {'table':b'OLD'}, 'pod000'); (tmp_path/'h').mkdir(); (tmp_path/'h/table').write_text('NEW')
+    with Fake(key=KEY) as f: code,said = rented(f, lambda: f.stop('pod001'), '--source', tmp_path/'v', '--pull', tmp_path/'h'); assert code==1 and 'results of pod000, not of pod001' in said and os.listdir(tmp_path/'h')==['table']
+    pull(tmp_path/'v', tmp_path/'h'); old, = (tmp_path/'h').glob('table.old-*'); assert (tmp_path/'h/table').read_text()=='OLD' and old.read_text()=='NEW'
+    shipped(tmp_path/'v', {'table':b'THIRD'}); pull(tmp_path/'v', tmp_path/'h'); assert (tmp_path/'h/table').read_text()=='THIRD' and len(list((tmp_path/'h').glob('table.old-*')))==1 # what was pulled is not kept twice
+
+def test_a_pull_that_cannot_be_is_refused_before_it_costs(tmp_path, monkeypatch):
+    for k in [k for k in os.environ if k.startswith('AWS')]: monkeypatch.delenv(k)
+    monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.setenv('AWS_EC2_METADATA_DISABLED', 'true')
+    with Fake(key=KEY) as f:
+        p = ('--pull',tmp_path/'h','--yes')
+        for a in (('--lose-everything',), ('--volume','vol1','--detach')): assert here(f, *LAUNCH, *a, *p)[0]==2 and here(f, *LAUNCH, *a, *p, '--dry-run')[0]==2
+        code,said = here(f, *LAUNCH, '--volume', 'vol1', *p); assert code==2 and 'AWS_ACCESS_KEY_ID' in said and not f.pods
+        (tmp_path/'file').write_text(''); assert here(f, *LAUNCH, '--volume', 'vol1', '--source', tmp_path/'file', *p)[0]==2 and not f.pods
+
+def test_interrupted_between_launch_and_watch(monkeypatch):
+    real_launch = RunPod.launch
+    def l(self, *a): real_launch(self, *a); raise KeyboardInterrupt
+    monkeypatch.setattr(RunPod, 'launch', l)
+    for a in ([],['--detach']):
+        with Fake(key=KEY) as f: code,said = here(f, *LAUNCH, '--volume', 'vol1', '--yes', *a); assert code==130 and 'pod001' in said and f.pods['pod001']['end']
+
+def test_results_that_hang_do_not_outlive_the_deadline():
+    with Fake(key=KEY) as f:
+        made = f.make(dict(name='dfnb-ttl1-x')); api = real(f); asked,free = [],threading.Event()
+        def hangs(): asked.append(1); free.wait()
+        start = time.monotonic(); assert api.follow(made['id'], api.clock()+2, hangs, every=.2)=='deadline' and time.monotonic()-start<4 and len(asked)==1; free.set()
+
+def test_what_a_dry_run_shows_is_what_is_sent():
+    with Fake(key=KEY) as f:
+        code,said = here(f, *LAUNCH, '--volume', 'vol1', '--data-center', 'EU-RO-1', '--dry-run'); assert not f.calls; shown = json.loads(shlex.split(said.splitlines()[-1])[-1]); keys = json.loads(shlex.split(here(f, *LAUNCH, '--volume', 'vol1', '--dry-run')[1].splitlines()[-1])[-1])
+        here(f, *LAUNCH, '--volume', 'vol1', '--yes', '--detach'); sent = next(c[4] for c in f.calls if c[1:3]==('POST','/v2/pods')); assert set(shown)==set(sent)==set(keys)
+        same = lambda b: {k:v for k,v in b.items() if k not in ('name','cmd')}; assert same(shown)==same(sent); cut = lambda b: re.sub(r'left=\$\(\( \d+', '', b['cmd'][1]); assert cut(shown)==cut(sent) and "--gpu 'RTX 4090' --price 0.39" in cut(sent)
+        assert here(f, 'stop', 'p', '--terminate', '--dry-run')[0]==2
+
+def test_a_call_that_is_pasted_shows_no_key(tmp_path):
+    f = tmp_path/"my key"; f.write_text(KEY); f.chmod(0o600)
+    for key in (Key(),Key(f)):
+        seen = []
+        with Fake(key=KEY) as fake:
+            fake.fault = lambda m, p: time.sleep(.5)
+            p = subprocess.Popen(['sh','-c',P.curl('GET', f'{fake.url}/pods', key=key)], stdout=subprocess.PIPE, text=True)
+            while p.poll() is None: seen += [' '.join(q.cmdline()) for q in [psutil.Process(),*psutil.Process().children(recursive=True)] if q.is_running() and q.status()!='zombie']; time.sleep(.02)
+            assert json.loads(p.stdout.read())['pods']==[] and any(s.startswith('curl') for s in seen) and not any(KEY[4:] in s for s in seen)
+
+def test_the_line_for_cron_runs_where_nothing_is_set(tmp_path):
+    assert here(None, 'sweep', '--cron')[0]==2; k = tmp_path/'k 100%'; k.write_text(KEY); k.chmod(0o600)
+    with Fake(key=KEY) as f:
+        r = cli('sweep','--cron','--key-file',k,'--api',f.url, env=dict(RUNPOD_API_KEY='')); cron,alone = r.stdout.splitlines(); assert r.returncode==0 and cron.startswith('* * * * * /')
+        for line in (cron[10:].replace('\\%', '%'), alone):
+            old = f.make(dict(name='dfnb-ttl1-old'), createdAt=f.now()-7200); r = subprocess.run(['/bin/sh','-c',line], env=dict(PATH='/usr/bin:/bin', HOME='/nowhere', SHELL='/bin/sh', LOGNAME='x'), cwd='/', capture_output=True, text=True, timeout=60)
+            assert old['status']=='EXITED' and 'stopped now' in r.stdout and (r.returncode==3 or 'exit code 3' in r.stdout), r.stderr
+
 def test_dry_run_needs_no_key_and_no_network():
     r = cli('launch','--hours','1','--budget','1','--volume','v','--repo',REPO,'--commit',COMMIT,'--dry-run', env=dict(RUNPOD_API_KEY='', RUNPOD_POD_ID=''))
-    assert r.returncode==0 and r.stdout.count('"Authorization: Bearer $RUNPOD_API_KEY"')==3, r.stderr
-    for a in (['sweep'],['list'],['stop','p1','--terminate'],['pull','a','b']): assert here(None, *a, '--dry-run', key=Key(name='NO_SUCH_VARIABLE'))[0]==0
+    assert r.returncode==0 and r.stdout.count('"$RUNPOD_API_KEY" | curl')==3, r.stderr
+    for a in (['sweep'],['list'],['stop','p1','--terminate','--lose-results'],['pull','a','b']): assert here(None, *a, '--dry-run', key=Key(name='NO_SUCH_VARIABLE'))[0]==0
 
 # --- signals: a process that watches is told to go
 WATCH = '''import sys; from deepfake_nb.pod import *
@@ -255,6 +352,8 @@ def first(tmp_path, hours, git, then='', change=lambda s: s, wait=20):
 
 def test_the_deadline_holds_while_the_network_hangs(tmp_path):
     asked,s = first(tmp_path, 2/3600, 'exec sleep 600'); assert asked in ASKED and 1.5<s<12 # the first try fails
+def test_a_fetch_that_hangs_is_ended_and_the_pod_too(tmp_path):
+    asked,s = first(tmp_path, 1, '[ "$1" != init ] || mkdir -p "$3"; [ "$1" != fetch ] || { [ "$GIT_TERMINAL_PROMPT" = 0 ] && exec sleep 600; }', change=lambda s: s.replace('timeout -k 5 60', 'timeout -k 1 .5')); assert asked in ASKED and 2<s<15
 def test_a_pod_that_cannot_fetch_its_work_stops_at_once(tmp_path):
     asked,s = first(tmp_path, 1, 'exit 1'); assert asked in ASKED and s<12
 def test_a_plan_that_fails_is_no_reason_to_stay(tmp_path):
@@ -265,13 +364,16 @@ def test_a_clock_that_makes_no_sense_does_not_move_the_deadline(tmp_path):
     asked,s = first(tmp_path, 2/3600, 'exec sleep 600', change=lambda s: re.sub(r'left=\$\(\( \d+ -', 'left=$(( 99999999999 -', s)); assert asked in ASKED and s<12
 
 # --- results
-def shipped(folder, files, pod='pod001'):
+def shipped(folder, files, pod='pod001', final=True, code=0):
     for n,b in files.items(): q = folder/n; q.parent.mkdir(parents=True, exist_ok=True); q.write_bytes(b)
-    (folder/'shipped.json').write_text(json.dumps(dict(files={n:dict(bytes=len(b), sha256=hashlib.sha256(b).hexdigest()) for n,b in files.items()}, made='', pod=pod)))
+    (folder/'shipped.json').write_text(json.dumps(dict(files={n:dict(bytes=len(b), sha256=hashlib.sha256(b).hexdigest()) for n,b in files.items()}, made='', pod=pod, final=final, code=code)))
 
 def test_what_guard_ships_is_what_pull_proves(tmp_path):
-    (tmp_path/'home/results').mkdir(parents=True); (tmp_path/'home/results/a.json').write_text('{}'); guard.ship(tmp_path/'home', f'memory://shipped-{os.getpid()}', pod='pod001')
-    got = pull(f'memory://shipped-{os.getpid()}', tmp_path/'here'); assert got['fetched']==1; proved(tmp_path/'here', 'pod001')
+    (tmp_path/'home/results').mkdir(parents=True); (tmp_path/'home/results/a.json').write_text('{}'); to = f'memory://shipped-{os.getpid()}'; guard.ship(tmp_path/'home', to, pod='pod001')
+    got = pull(to, tmp_path/'here'); assert got['fetched']==1
+    with pytest.raises(PodError, match='in the middle'): proved(tmp_path/'here', 'pod001')
+    guard.run_and_stop(['true'], tmp_path/'home', to, plan=lambda *a, **k: 3, stop=lambda: None, say=lambda s: None); m = pull(to, tmp_path/'here'); assert (m['final'],m['code'])==(True,3)
+    assert proved(tmp_path/'here', m['pod'])['code']==3
 
 def test_a_pull_that_is_killed_goes_on(tmp_path):
     big = os.urandom(80<<20); shipped(tmp_path/'v', dict(big=big, small=b'x'))

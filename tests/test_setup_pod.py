@@ -11,6 +11,8 @@ printf '%s|' "$@" | tr '\n' ' ' >> "$STUB_LOG"; echo >> "$STUB_LOG"
 case "$*" in
   *'"none"'*) if [ -f "$STUB_LOG.torch" ]; then cat "$STUB_LOG.torch"; else echo "$STUB_TORCH"; fi ;;
   *'u.find_spec(n)'*) echo "torch==$(if [ -f "$STUB_LOG.torch" ]; then cat "$STUB_LOG.torch"; else echo "$STUB_TORCH"; fi)" ;;
+  *'cuda.is_available'*'sys.argv'*) ;;
+  *'cuda.is_available'*) exit "${NO_GPU:-0}" ;;
   *'-m venv'*) mkdir -p "${@: -1}/bin"; cp "$0" "${@: -1}/bin/python" ;;
   *'-m uv'*) echo 2.14.1 > "$STUB_LOG.torch" ;;
 esac
@@ -73,9 +75,20 @@ def test_a_pods_torch_stays(pod):
         assert any('--torch-backend=auto -r constraints-torch.txt' in c for c in plan), v
         assert any(c.endswith('install uv==0.13.8') for c in plan)
 
+def test_a_torch_that_cannot_use_the_gpu_does_not_stay(pod):
+    r = pod('--off-volume', '--no-deadline', RUNPOD_POD_ID='p1', NO_GPU='1'); assert "cannot use this pod's GPU" in r.stdout and any('|uv|' in l for l in pod.log())
+    assert 'is here and stays' in pod('--off-volume', '--no-deadline', RUNPOD_POD_ID='p1').stdout
+
+def test_two_set_ups_do_not_mix(pod):
+    lock = pod.path/'vol'/'deepfake_nb'/'pod'/'setup.lock'; lock.parent.mkdir(parents=True)
+    with subprocess.Popen(['flock',lock,'sleep','60'], start_new_session=True) as other:
+        try: time.sleep(.3); r = pod('--off-volume', '--minutes', '.03'); assert r.returncode==1 and "the step 'environment' was not done" in r.stderr and not any('-m|pip' in l for l in pod.log())
+        finally: os.killpg(other.pid, 9)
+    assert pod('--off-volume').returncode==0
+
 def test_every_install_is_pinned(pod):
     plan = [c for c in commands(pod('--dry-run', '--cuda-extra', STUB_TORCH='none')) if ' install ' in c]
-    assert len(plan)==5
+    assert len(plan)==6
     for c in plan: assert '-c constraints.txt' in c or '-r constraints-torch.txt' in c or '==' in c, c
     assert not any('>' in c for c in plan) # an unquoted > would write a file
 
