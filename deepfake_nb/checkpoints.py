@@ -374,6 +374,7 @@ def card_of(
 # %% ../nbs/32_checkpoints.ipynb #9ee002c6
 def _fits(card, path):
     "Settings of a model no larger than its weights: counted without memory"
+    import deepfake_nb.specialists.team,deepfake_nb.stf_mamba # before: a constant of a module that is loaded under `meta` stays there for good
     if big := [k for k,v in card['config'].items() if isinstance(v, (int,float)) and abs(v)>2**14]: raise CheckpointError(path, f'settings of a giant ({big[0]})', 'Take the folder again from somebody you trust')
     with torch.device('meta'): need = sum(v.numel()*min(v.itemsize, 2) for v in build(card, path).state_dict().values())
     if need>path.stat().st_size: raise CheckpointError(path, f'{path.stat().st_size:,} bytes, and its settings describe a model of {need:,} at least', 'Take the folder again from where it came from')

@@ -30,7 +30,7 @@ def steps(
 
 # %% ../../nbs/24_rr.ipynb #61844f77
 PER = 60 # frequencies are k/60 cycles a pixel
-KS = torch.arange(4, 31) # these k
+KS = torch.arange(4, 31, device='cpu') # these k
 
 def cells(
     n:int, # pixels of a side
