@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['API', 'SECRET', 'OPEN', 'WORDS', 'SIGNS', 'PARTS', 'LEFT_OUT', 'ENDING', 'GuardError', 'secret_names', 'clean_env',
            'redacted', 'tell', 'known', 'within', 'ask_ctl', 'ask_rest', 'ways', 'stop_self', 'end_pod', 'end_by',
-           'gpu_use', 'busy_kernels', 'Renewed', 'Idle', 'runner_of', 'watch', 'kept', 'ship', 'heard', 'run_plan',
-           'gone_with', 'run_and_stop', 'cache_weights', 'guard_parser', 'guard_main']
+           'gpu_use', 'busy_kernels', 'Renewed', 'Idle', 'runners_of', 'watch', 'kept', 'ship', 'heard', 'run_plan',
+           'gone_with', 'run_and_stop', 'ending_of', 'cache_weights', 'guard_parser', 'guard_main']
 
 # %% ../nbs/53b_guard.ipynb #8580ec16
 import argparse,hashlib,http.client,json,os,posixpath,re,signal,subprocess,sys,threading,time,urllib.parse,urllib.request
 import fsspec
 from contextlib import contextmanager
 from datetime import datetime,timezone
+from functools import partial
 from pathlib import Path
-from .pack import ITEMS,PackError,atomic_write,extract,home,sha256,write_json
+from .pack import ITEMS,PackError,atomic_write,extract,home,read_json,sha256,write_json
 
 # %% ../nbs/53b_guard.ipynb #a3a39dba
 class GuardError(Exception): "Something that ends a pod, or ships its results, and cannot work as asked: what, and the remedy"
@@ -229,13 +230,16 @@ class Idle:
     def over(self)->bool: return self.now()-self.since>=60*self.minutes
 
 # %% ../nbs/53b_guard.ipynb #2cf67c8d
-def runner_of(
+def runners_of(
     home, # of the pod
-)->int: # its process; 0: there is none here
-    "Who runs a plan here, and would ship what it learned: noted by `run_and_stop`, and still that"
-    try: pod,pid = (Path(home)/'pod'/'runner').read_text().split(); words = Path(f'/proc/{int(pid)}/cmdline').read_bytes()
-    except (OSError,ValueError): return 0
-    return int(pid) if pod==(known('RUNPOD_POD_ID') or '-') and b'\0deepfake_nb.guard\0run\0' in words else 0 # another pod with this volume has processes of its own
+)->list: # their processes
+    "Who runs a plan of this home here, and would ship what it learned"
+    def at_work(p):
+        try: words,env = ((p/f).read_bytes() for f in ('cmdline','environ'))
+        except OSError: return False # it has just ended, or is somebody else's
+        there = dict(e.partition(b'=')[::2] for e in env.split(b'\0')).get(b'DEEPFAKE_NB_HOME', b'')
+        return b'\0deepfake_nb.guard\0run\0' in words and Path(os.fsdecode(there))==Path(home)
+    return [int(p.name) for p in Path('/proc').glob('[0-9]*') if at_work(p)]
 
 # %% ../nbs/53b_guard.ipynb #3c7083ea
 def _tell_to_end(pid):
@@ -255,7 +259,7 @@ def watch(
     stop=end_pod, # () ends the pod
     sleep=time.sleep, now=time.monotonic, # for tests
     say=tell, # where words go
-    last:float=10., # min without a sign of life that a runner is given to ship
+    last:float=10., # min without a sign of life that runners are given to ship
 ):
     "Layer 3: stop a pod on which nobody works"
     renewed,kernels,blind = renewed or Renewed(home),kernels or (lambda: busy_kernels(lab, token_file)),{}
@@ -269,14 +273,15 @@ def watch(
         idle = Idle(minutes, now=now)
         while not (idle.over or over()): sleep(min(every, 15*minutes)); idle.see(look('GPU', gpu, None), look('leases', renewed, False), look('kernels', kernels, 0))
         return idle
-    idle = until(minutes); pid = runner_of(home)
-    say(f'watch: no work for {minutes:g} min; the last was: {idle.why}. {"The plan that is there is ended, so that it ships" if pid else "Stopping"}')
-    if pid: _tell_to_end(pid); until(last, lambda: not runner_of(home))
+    idle = until(minutes); here = runners_of(home)
+    say(f'watch: no work for {minutes:g} min; the last was: {idle.why}. {"The plan that is there is ended, so that it ships" if here else "Stopping"}')
+    for p in here: _tell_to_end(p)
+    if here: until(last, lambda: not runners_of(home))
     stop()
 
 # %% ../nbs/53b_guard.ipynb #e9eace4b
 PARTS = ('runs','models','results','plans','ledger','checkpoints','pod') # folders of a home that hold what was learned
-LEFT_OUT = re.compile(r'(^|/)(\.[^/]*|\d+-step\d+\.(json|pt|safetensors)|lease[^/]*|leases/.*|busy|runner|token|[^/]*\.(part|tmp|lock|taking))$') # checkpoints by the minute, leases, locks, what was never finished
+LEFT_OUT = re.compile(r'(^|/)(\.[^/]*|\d+-step\d+\.(json|pt|safetensors)|lease[^/]*|leases/.*|busy|token|[^/]*\.(part|tmp|lock|taking))$') # checkpoints by the minute, leases, locks, what was never finished
 
 def kept(
     home, # of a pod
@@ -311,7 +316,7 @@ def ship(
     code:int=None, # its exit code
 )->dict: # what shipped.json says
     "Copy, read back, compare, and write `shipped.json` last"
-    fs,root = fsspec.core.url_to_fs(str(dest)); done,sent = {},0; files = kept(source) if files is None else files
+    fs,root = fsspec.core.url_to_fs(str(dest)); done,sent,old = {},0,_manifest(fs, root); files = kept(source) if files is None else files
     if not files: raise GuardError(f'{source}: nothing there to ship, so nothing is proved. Is DEEPFAKE_NB_HOME the home of the runs?')
     for rel,p in files.items():
         each(); to = posixpath.join(root, rel)
@@ -323,7 +328,9 @@ def ship(
             sent += want['bytes']
             if _there(fs, to, each)!=want: raise GuardError(f'{rel}: what arrived is not what was sent. Nothing was removed here; call again')
         done[rel] = want
-    return _sign(fs, root, dict(files=done, made=f'{datetime.now(timezone.utc):%FT%TZ}', pod=pod or known('RUNPOD_POD_ID'), final=final, code=code))|dict(sent=sent)
+    said = dict(pod=pod or known('RUNPOD_POD_ID'), final=final, code=code)
+    if not final and old.get('files')==done: said = {k:old.get(k) for k in said} # the same results: what was said of them still holds
+    return _sign(fs, root, dict(files=done, made=f'{datetime.now(timezone.utc):%FT%TZ}', **said))|dict(sent=sent)
 
 # %% ../nbs/53b_guard.ipynb #a5c3c7ec
 def _sign(fs, root, manifest):
@@ -335,9 +342,14 @@ def _sign(fs, root, manifest):
     return manifest
 
 # %% ../nbs/53b_guard.ipynb #2f64a6f2
+def _manifest(fs, root):
+    try: return json.loads(fs.cat_file(posixpath.join(root, 'shipped.json')))
+    except (FileNotFoundError,ValueError): return {}
+
 def _unsign(fs, root):
     try: fs.rm_file(posixpath.join(root, 'shipped.json'))
     except FileNotFoundError: pass
+    except OSError as e: tell(f'ship: the old shipped.json may not be deleted here ({type(e).__name__}): it says too much until it is written anew') # a key that may only add
 
 def _local(fs): return 'file' in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
 
@@ -346,7 +358,7 @@ ENDING = (signal.SIGTERM,signal.SIGINT,signal.SIGHUP)
 
 @contextmanager
 def heard(
-    f, # (signal, frame), or SIG_IGN
+    f, # (signal, frame)
 ):
     "What would end this process is told to `f` instead; but for a thread, which no signal reaches"
     here = threading.current_thread() is threading.main_thread(); old = {s:signal.signal(s, f) for s in ENDING if here}
@@ -367,10 +379,12 @@ def run_plan(
     keep=(), # names of secrets that it is given all the same
     sleep=time.sleep, now=time.monotonic, # for tests
     say=tell, # where words go
+    got=None, # list of the signals heard until now; those to come go there
+    each=lambda: None, # called while it is given time to end: a sign of life
     **kw, # more of Popen: cwd, stdout
 )->int: # its exit code
     "Run a command without our secrets, in a group of its own; a signal to us is one to it"
-    got,start = [],now()
+    got,start = [] if got is None else got,now()
     with heard(lambda n, f: got.append(n)):
         p = subprocess.Popen(argv, env=clean_env(keep=keep), start_new_session=True, stdin=subprocess.DEVNULL, **kw)
         try:
@@ -378,7 +392,7 @@ def run_plan(
             if p.poll() is None:
                 why = signal.Signals(got[0]).name if got else f'{limit:.0f} s are over'; say(f'plan: {why}: it has {grace:g} s to end'); end = now()+grace
                 _to_group(p.pid, signal.SIGTERM)
-                while p.poll() is None and now()<end: sleep(.2)
+                while p.poll() is None and now()<end: each(); sleep(.2)
                 if p.poll() is None: say('plan: it does not end, so it is killed')
         finally: _to_group(p.pid, signal.SIGKILL); code = p.wait() # whatever it left behind as well
     return code
@@ -393,13 +407,16 @@ def _note(f, say):
 def gone_with(
     dest, # where results were shipped
     source, # the home of the pod
+    disk='/', # of the container, which goes with it
 )->str: # why they would be gone with the pod; '' if they would not
     "Would results be lost if this pod were removed?"
     fs,root = fsspec.core.url_to_fs(str(dest))
     if not _local(fs): return ''
     if not known('RUNPOD_VOLUME_ID'): return f'{dest} lies on this pod, which has no network volume (RUNPOD_VOLUME_ID is not set)'
-    try: return '' if os.stat(root).st_dev==os.stat(source).st_dev else f'{dest} is not on the disk of {source}'
+    try: there,here,own = (os.stat(p).st_dev for p in (root, source, disk))
     except OSError as e: return f'{dest}: {type(e).__name__}'
+    if there==own: return f"{dest} lies on the container's own disk, not on the network volume"
+    return '' if there==here else f'{dest} is not on the disk of {source}'
 
 # %% ../nbs/53b_guard.ipynb #8265baaa
 def run_and_stop(
@@ -410,17 +427,17 @@ def run_and_stop(
     grace:float=60., # s between SIGTERM and SIGKILL
     keep=(), # names of secrets that the plan is given all the same
     terminate:bool=False, # remove the pod instead of stopping it, if the results arrived
-    plan=run_plan, ship=ship, # for tests
+    plan=None, ship=ship, gone=gone_with, # for tests; plan: default `run_plan`
     stop=end_pod, # () stops the pod
     remove=lambda: end_by('terminate'), # () removes it
     say=tell, # where words go
 )->int: # exit code of the plan, where nothing stops us
     "Layer 2: run a plan; whatever the ending, ship, verify, stop"
-    code,good,source = None,False,Path(source); pod = source/'pod'; at_work = pod/'runner'; sign = lambda: _note((pod/'busy').touch, lambda s: None)
-    def begin(): pod.mkdir(exist_ok=True); at_work.write_text(f'{known("RUNPOD_POD_ID") or "-"} {os.getpid()}')
-    def end(): write_json(pod/'ending.json', dict(argv=[redacted(a) for a in argv], code=code, ended=f'{datetime.now(timezone.utc):%FT%TZ}', pod=known('RUNPOD_POD_ID')))
+    code,good,got,source = None,False,[],Path(source); pod = source/'pod'; sign = lambda: _note((pod/'busy').touch, lambda s: None); plan = plan or partial(run_plan, got=got, each=sign)
+    def begin(): pod.mkdir(exist_ok=True); (pod/'ending.json').unlink(missing_ok=True) # of a plan before this one
+    def end(): write_json(pod/'ending.json', dict(argv=[redacted(a) for a in argv], beside=[p for p in runners_of(source) if p!=os.getpid()], code=code, ended=f'{datetime.now(timezone.utc):%FT%TZ}', pod=known('RUNPOD_POD_ID')))
     try:
-        with heard(signal.SIG_IGN): # from the plan's end until all has arrived; the plan itself hears them
+        with heard(lambda n, f: got.append(n)): # the plan is told; from its end until all has arrived, nobody
             try: _note(begin, say); code = plan(argv, limit, grace, keep, say=say); say(f'plan: exit {code}')
             finally:
                 if source.is_dir(): _note(end, say)
@@ -428,9 +445,18 @@ def run_and_stop(
                 say(f"ship: {len(n['files'])} files, {sum(f['bytes'] for f in n['files'].values())/1e6:.1f} MB, arrived and compared at {dest}")
     finally:
         if not good: say(f'ship: FAILED ({sys.exception()!r}). The results are still at {source}, on the volume; the pod is stopped and not removed. Start it, or another with this volume, and call: python -m deepfake_nb.guard ship {dest}')
-        if lost := terminate and good and gone_with(dest, source): say(f'not removed, only stopped: {lost}')
-        _note(lambda: at_work.unlink(missing_ok=True), say); (remove if terminate and good and not lost else stop)()
+        if lost := terminate and good and gone(dest, source): say(f'not removed, only stopped: {lost}')
+        (remove if terminate and good and not lost else stop)()
     return code
+
+# %% ../nbs/53b_guard.ipynb #4e63c9b5
+def ending_of(
+    home, # of a pod
+)->dict: # pod, final and code, as `ship` takes them; nothing if there is no ending
+    "How the plan of this home ended; not if one is at work, or was killed"
+    try: e = read_json(Path(home)/'pod'/'ending.json')
+    except (OSError,ValueError): return {}
+    return {} if e.get('beside')!=[] or runners_of(home) else dict(pod=e['pod'], final=True, code=e['code'])
 
 # %% ../nbs/53b_guard.ipynb #8603a49f
 def cache_weights(
@@ -481,7 +507,7 @@ def guard_main(
     try:
         if a.do=='watch': watch(home(), a.minutes, a.every, a.lab, a.token_file, stop=lambda: end_by(tries=a.tries))
         elif a.do=='run': return run_and_stop(a.argv, home(), a.dest, a.limit, a.grace, a.keep, a.terminate, stop=_end(a.stay, 'stop', a.tries), remove=_end(a.stay, 'terminate', a.tries)) % 256
-        elif a.do=='ship': tell(f"{len((n := ship(home(), a.dest))['files'])} files arrived and were compared at {a.dest}, {n['sent']} bytes of them now")
+        elif a.do=='ship': n = ship(home(), a.dest, **ending_of(home())); tell(f"{len(n['files'])} files arrived and were compared at {a.dest}, {n['sent']} bytes of them now: {'the end of a plan' if n['final'] else 'not the end of a plan, which is at work or was killed'}")
         elif a.do=='stop': end_pod()
         else:
             for o in ITEMS.values(): extract(o)

@@ -56,7 +56,8 @@ def _mtime(info):
 
 # %% ../nbs/52_monitor.ipynb #6bb79c7f
 def _why(e): return f'{type(e).__name__}: {e}'
-def _vanished(e): return isinstance(e, FileNotFoundError) or getattr(e, 'errno', None)==errno.ESTALE
+def _stale(e): return getattr(e, 'errno', None)==errno.ESTALE
+def _vanished(e): return isinstance(e, FileNotFoundError) or _stale(e)
 
 # %% ../nbs/52_monitor.ipynb #c78c2e28
 def _walk(top, key):
@@ -68,7 +69,7 @@ def _walk(top, key):
         seen.add(key)
         try: found = list(os.scandir(top))
         except OSError as e:
-            if not _vanished(e): yield top,e
+            if not isinstance(e, FileNotFoundError): yield top,e
             continue
         for e in found:
             if not e.name.startswith('.') and e.name!='lost+found': yield from _one(e, near, far)
@@ -78,7 +79,7 @@ def _one(e, near, far):
     "A file, or the reason why it is none; folders are put on their heap"
     try: s = e.stat()
     except OSError as err:
-        if not _vanished(err) or e.is_symlink() and e.name in KINDS: yield e.path,err
+        if not _vanished(err) or e.is_symlink() and e.name in KINDS or _stale(err) and e.is_dir(follow_symlinks=False): yield e.path,err
         return # else replaced this very moment, or a link to nowhere
     if stat.S_ISDIR(s.st_mode): (far if e.is_symlink() else near).append(((s.st_dev,s.st_ino),e.path))
     elif stat.S_ISREG(s.st_mode): yield e.path,Entry(s.st_size, s.st_mtime, s.st_ino)
@@ -94,7 +95,7 @@ class Source:
         try: self.fs,self.root = url_to_fs(self.url, use_listings_cache=False, skip_instance_cache=True)
         except (ValueError,ImportError) as e: raise MonitorError(f'{self.url}: no file system reads this ({e}). Remedy: give a folder, or an address that fsspec knows; s3:// and http:// need `pip install deepfake_nb[remote]`') from e
         self.kinds = {self.fs.protocol} if isinstance(self.fs.protocol, str) else set(self.fs.protocol)
-        self.local,self.root = 'file' in self.kinds,self.root.rstrip('/') or '/'
+        self.local,self.root,self.mute = 'file' in self.kinds,self.root.rstrip('/') or '/',set() # mute: of what the server says neither length nor time
 
 # %% ../nbs/52_monitor.ipynb #874842e7
 @patch
@@ -123,7 +124,7 @@ def _below(self:Source, top):
         try: found = self.fs.ls(folder, detail=True)
         except _faults() as e:
             if folder==top: raise
-            if not _vanished(e): yield folder,e
+            if not isinstance(e, FileNotFoundError): yield folder,e
             continue
         for i in found:
             name = i['name'].rstrip('/')
@@ -140,12 +141,13 @@ def sized(self:Source,
 )->dict: # the same, with their sizes
     "Ask for the sizes that a listing left out"
     res = dict(found)
-    for p in [p for p,e in found.items() if e.size is None and p.rpartition('/')[2] in names]:
+    for p in [p for p,e in found.items() if e.size is None and p.rpartition('/')[2] in names and p not in self.mute]:
         try: res[p] = self._entry(self.fs.info(f'{self.root}/{p}'))
         except FileNotFoundError: del res[p] # gone meanwhile
         except _faults() as e: del res[p]; errors[p] = _why(e)
         else:
-            if res[p].size is None: raise MonitorError(f'{self.url}: the server does not say how long {p} is. Remedy: serve it with Content-Length, or mount the share')
+            if res[p][:2]==(None,None): self.mute.add(p)
+            if res[p].size is None and p.rpartition('/')[2]==KINDS[2]: raise MonitorError(f'{self.url}: the server does not say how long {p} is. Remedy: serve it with Content-Length, or mount the share')
     return res
 
 # %% ../nbs/52_monitor.ipynb #3f845631
@@ -286,7 +288,7 @@ def when(self:Curve, x)->float: # s, by the writer's clock; None where nothing i
     a = (x-self.x[i-1])/(self.x[i]-self.x[i-1]); return self.t[i-1]+a*(self.t[i]-self.t[i-1])
 
 # %% ../nbs/52_monitor.ipynb #f83e2027
-GAPS,PAUSE = 2,3600. # the longest pauses between rows that are remembered: one may be an accident, two are a habit; s from which a pause is neither work nor a habit, but a night
+GAPS,PAUSE = 2,3600. # the longest pauses between rows that are remembered: one may be an accident, two are a habit; s from which a pause is neither work nor, unless an evaluation ends it, a habit, but a night
 
 FAULTS = (ArithmeticError,AttributeError,LookupError,RecursionError,TypeError,ValueError) # what the words of strangers may raise
 
@@ -325,7 +327,7 @@ def row(self:Rows, r):
     self.n += 1
     t,step,loss = r.get('time'),r.get('step'),r.get('loss'); dt = 0.
     if finite(t, 1e12): dt,self.time = t-self.time if self.time is not None else 0.,t
-    if 0<dt<=PAUSE and ('evaluation' in r or finite(step, 1e15) and step>(-1 if self.step is None else self.step)): (heapq.heappush if len(self.gaps)<GAPS else heapq.heappushpop)(self.gaps, dt)
+    if dt>0 and ('evaluation' in r or dt<=PAUSE and finite(step, 1e15) and step>(-1 if self.step is None else self.step)): (heapq.heappush if len(self.gaps)<GAPS else heapq.heappushpop)(self.gaps, dt)
     if not (finite(step, 1e15) and self.at(step, r)) and 0<dt<=PAUSE: self.work += dt
     if loss is not None:
         if finite(loss): self.loss.add(self.x, loss, self.work); self.last = loss
@@ -452,15 +454,15 @@ def state_of(
     step:float, # s since the last new step
     allowed:tuple, # s of silence, s without a new step
     rules:Rules,
-    gone:bool=False, # the process that wrote the record is known to be gone
+    gone:bool=None, # is the process that wrote the record gone? None: nobody knows
 )->tuple: # state, and why
     "How a run is"
     ending,said = rec.get('status'),status.get('state')
     if ending in NAMED and ending!='succeeded': return NAMED[ending],str(rec.get('reason') or ending)
     if ending=='succeeded': return ('budget','the money ended it') if said=='budget' else ('done','')
     if ending and ending!='running': return _word(ending)
-    lost = 'its process is gone' if gone else f'silent for {hm(life)}' if life is not None and life>max(rules.lost, *allowed) else ''
-    if said=='failed' or said in SAID and not (ending and lost): return SAID[said],str(status.get('error') or '') # after its training a notebook has other work
+    lost = 'its process is gone' if gone else f'silent for {hm(life)}' if gone is None and life is not None and life>max(rules.lost, *allowed) else '' # a process that is seen to live is not lost
+    if said=='failed' or said in SAID and not (ending and gone): return SAID[said],str(status.get('error') or (f'its training has ended, its notebook not: {lost}' if ending and lost else '')) # it has other work
     if said and said!='running' and said not in SAID and not (ending and gone): return _word(said)
     if lost: return 'crashed',f'no ending was written: {lost}'+(f'; its training had ended ({said})' if said in SAID else '')
     if said!='running': return 'waiting',''
@@ -717,10 +719,10 @@ def hear(self:Monitor, mine, now, fs):
 # %% ../nbs/52_monitor.ipynb #65c46603
 @patch
 def gone(self:Monitor, rec):
-    "Is the process that wrote a record known to be gone? Only its own machine can know"
-    if rec.get('status')!='running' or not finite(rec.get('pid'), 2**31) or rec['pid']<1 or not finite(rec.get('pid_started')): return False
-    from deepfake_nb.runs import machine_id,process_alive # late: only where there is something to ask
-    return rec.get('host')==machine_id() and process_alive(int(rec['pid']), rec['pid_started'], rec['host']) is False
+    "Is the process that wrote a record gone? None: only its own machine can know"
+    if rec.get('status')!='running' or not finite(rec.get('pid'), 2**31) or rec['pid']<1 or not finite(rec.get('pid_started')): return None
+    from deepfake_nb.runs import process_alive # late: only where there is something to ask
+    return {True:False, False:True}.get(process_alive(int(rec['pid']), rec['pid_started'], rec.get('host')))
 
 # %% ../nbs/52_monitor.ipynb #4cfd182b
 @patch
@@ -735,13 +737,28 @@ def saved(self:Monitor, shelves, path, model, stage, rec, step):
     chunk = max((x for x in stems if x[3].startswith('stage_4/')), default=None, key=lambda x: x[1])
     return dict(bytes=same[2][1] if same else None, chunk=chunk[3].partition('/')[2] if chunk and stage=='stage 4' else '')
 
+# %% ../nbs/52_monitor.ipynb #2ce77969
+@patch(as_prop=True)
+def who(self:Run):
+    "Which process wrote the record, wherever it lies now; None where that is not said"
+    who = tuple(self.rec.data.get(k) for k in ('host','pid','started')); return who if all(isinstance(v, (str,int,float)) for v in who) else None
+
+# %% ../nbs/52_monitor.ipynb #b3a27f3d
+@patch
+def here(self:Monitor, path): return any(f'{path}/{k}'.lstrip('/') in self.found[0] for k in KINDS)
+@patch
+def forget(self:Monitor, now):
+    "A folder that is gone: no word more where another has its record, else after an hour of them"
+    there = {r.who for f,r in self.runs.items() if self.here(f)}-{None}
+    self.runs = {f:r for f,r in self.runs.items() if self.here(f) or r.who not in there and r.life.age(now)<=self.rules.lost} # it vanished: that was its last sign
+
 # %% ../nbs/52_monitor.ipynb #22afab52
 @patch
 def how(self:Monitor, path, r, rec, s, ages, allowed):
     "State of a run, and why; its process is asked for only where the run is silent: another machine may have our name"
     quiet = ages[1] if ages[0] is None else ages[0]
-    if not any(f'{path}/{k}'.lstrip('/') in self.found[0] for k in KINDS): return 'crashed','its folder is gone'
-    r.state,why = state_of(rec, s, *ages, allowed, self.rules, (quiet or 0.)>allowed[0] and self.gone(rec))
+    if not self.here(path): return 'crashed','its folder is gone'
+    r.state,why = state_of(rec, s, *ages, allowed, self.rules, self.gone(rec) if (quiet or 0.)>allowed[0] else None)
     return r.state,why
 
 @patch
@@ -836,7 +853,7 @@ def tasks(self:Monitor):
 def look(self:Monitor)->dict: # a snapshot: plain values, all that is shown
     "Everything, now"
     now = self.steady(); self.list(now); mine = self.read(); now = self.steady()
-    fs = self.clock.now(self.sources[0], now); self.hear(mine, now, fs)
+    fs = self.clock.now(self.sources[0], now); self.hear(mine, now, fs); self.forget(now)
     held = [*shelves(self.found[0]).values(), *(shelves(self.found[1], True).values() if len(self.found)>1 else ())]
     runs = [self.one(f, r, held, now) for f,r in self.runs.items()]; self.before = now
     s = dict(format='deepfake_nb monitor 1', source=self.sources[0].url, time=round(time.time()), listing=dict(age=now-self.good, error=self.error, unseen=self.unseen), runs=sorted(runs, key=_order), counts=dict(Counter(r['state'] for r in runs)),
@@ -1153,7 +1170,7 @@ def monitor_main(argv=None)->int: # exit status
     try:
         m = Monitor(a.source, a.ledger, a.plan, a.checkpoints, rows=bool(events)); s = m.look(); write_out(a, m, s, events)
         if not a.once: return _live(a, m, s, events)
-        if any(map(_ageless, s['runs'])): time.sleep(a.every); s = m.look(); write_out(a, m, s, events) # who changes is alive
+        if any(map(_ageless, s['runs'])): time.sleep(min(a.every, 5.)); s = m.look(); write_out(a, m, s, events) # who changes is alive
     except MonitorError as e: print(f'deepfake-nb monitor: {_clean(e, False)}', file=sys.stderr); return 1
     except KeyboardInterrupt: return 0
     finally:

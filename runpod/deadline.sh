@@ -52,9 +52,9 @@ deadline_left() { # s until the deadline that is armed; nothing if there is none
   local end; read -r end _ <<<"$(noted)"
   [ -z "$end" ] || echo $(( end > $(up) ? end-$(up) : 0 ))
 }
-is_armed() { # does the switch that was noted still wait?
-  local pid; read -r _ pid <<<"$(noted)"
-  [ -n "$pid" ] && [ -r "/proc/$pid/cmdline" ] && tr '\0' ' ' <"/proc/$pid/cmdline" | grep -q deepfake_nb-deadline
+is_armed() { # does the switch that was noted still wait? Just forked, it still has its parent's command line, which may speak of it: so whole words
+  local pid words=(); read -r _ pid <<<"$(noted)"
+  [ -n "$pid" ] && { mapfile -d '' -t words <"/proc/$pid/cmdline"; } 2>/dev/null && [ "${words[0]:-} ${words[*]: -1}" = 'bash deepfake_nb-deadline' ]
 }
 arm_deadline() { # arm_deadline HOURS: a second call buys no time, and brings back a switch that was killed; 1: there is no switch
   local left log=$ARMED.log _; left=$(deadline_left)

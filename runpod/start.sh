@@ -78,16 +78,25 @@ if [ -t 1 ] && [ "$DRY" = 0 ]; then
   exec tail -n +1 -F --pid=$! "$LOG"
 fi
 
-# --- 1. the deadline, before anything that could fail or hang
-stops
-
-# --- one start.sh a pod: what a second one could end is the first one's work. (Descriptor 9 is closed for all that outlives this process.)
-if [ "$DRY" = 0 ] && { exec 9>"$ARMED.lock"; } 2>/dev/null && ! flock -n 9; then
-  say "start.sh is at work here already: see the container's log, or ${DEEPFAKE_NB_LOG:-/tmp/deepfake_nb.start.log}. For a plan beside it: python -m deepfake_nb.guard run --dest PLACE --stay -- COMMAND"; exit 0
-fi
-
 HOME_DIR=$(realpath -ms "${DEEPFAKE_NB_HOME:-$VOLUME/deepfake_nb}") BASE=${DEEPFAKE_NB_BASE_START:-/start.sh}
 export DEEPFAKE_NB_HOME=$HOME_DIR
+
+# --- one start.sh a pod: what a second one could end, or give a deadline, is the first one's work. Nothing here touches the volume, which may hang
+only_one() { { exec 9>"$ARMED.lock"; } 2>/dev/null && flock -n -E 75 9; } # 75: there is another. (Descriptor 9 is closed for all that outlives this process)
+plan_here() { # a plan outlives a start.sh that was killed (guard.py's `runners_of` looks for the same)
+  local p; for p in $(grep -lszxF deepfake_nb.guard /proc/[0-9]*/cmdline); do
+    if [[ $(tr '\0 ' ' _' <"$p") = *' deepfake_nb.guard run '* ]] && grep -qszxF "DEEPFAKE_NB_HOME=$HOME_DIR" "${p%/*}/environ"; then return 0; fi
+  done 2>/dev/null; return 1
+}
+gives_way() { say "$1 is at work here already: see the container's log, or ${DEEPFAKE_NB_LOG:-/tmp/deepfake_nb.start.log}. For a plan beside it: python -m deepfake_nb.guard run --dest PLACE --stay -- COMMAND"; exit 0; }
+if [ "$DRY" = 0 ]; then
+  only_one; case $? in 0) ;; 75) gives_way start.sh ;; *) say "no lock at $ARMED.lock: start.sh goes on, and would not see another one" ;; esac
+  if plan_here; then gives_way 'a plan'; fi
+fi
+
+# --- 1. the deadline, before anything that could fail or hang
+stops 9>&-
+
 mapfile -t HIDE < <(hidden); mapfile -t HIDE_SET < <(hidden "${LET[@]}")
 bare() { exec env "${HIDE[@]}" "$@"; } # without secrets; in the background only
 with_named() { exec env "${HIDE_SET[@]}" "$@"; } # the same, but for what was named

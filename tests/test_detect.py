@@ -1,5 +1,5 @@
 "Detect against hostile files, hostile readers and bad luck: each ends as one error that names the file, promptly, with nothing left running"
-import json,os,struct,subprocess,sys,threading,time
+import json,os,signal,struct,subprocess,sys,threading,time
 from dataclasses import replace
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler,HTTPServer,ThreadingHTTPServer
@@ -97,7 +97,7 @@ LIES = dict(noise=b'\0'*100, text=b'HTTP/1.1 200 OK\r\n\r\n', long_head=struct.p
     clip_first=READY+clip(), twice=READY+FILM+FILM, nan_size=READY+msg(dict(kind='film', arrays={}, seconds=float('nan'), rate=25, width=64, height=64, codec='x', sound=False, still=False, streams=1, due=9)),
     negative=READY+FILM+clip(shapes=SHAPES|dict(frames=['|u1',[-4,224,224,3]])), objects=READY+FILM+clip(shapes=SHAPES|dict(times=['|O',[4]])), longer=READY+FILM+clip(shapes=SHAPES|dict(frames=['|u1',[400,224,224,3]])), other=READY+FILM+clip(shapes=SHAPES|dict(more=['|u1',[4]])),
     nan=READY+FILM+clip(times=[0,1,np.nan,2]), back=READY+FILM+clip(times=[3,2,1,0]), late=READY+FILM+clip(at=1e6), same=READY+FILM+clip()+clip(), bool_number=READY+FILM+clip(number=True), name=READY+FILM+clip(number='0'),
-    no_box=msg(dict(kind='ready', arrays={}, sandbox=[1])), no_count=READY+FILM+msg(dict(kind='end', arrays={}, frames=1, time=1, lost=1, why=dict(x='y'), qp=None, packed=1, silent='')),
+    no_box=msg(dict(kind='ready', arrays={}, sandbox=[1])), no_count=READY+FILM+msg(dict(kind='end', arrays={}, frames=1, time=1, shown=1, lost=1, why=dict(x='y'), qp=None, packed=1, silent='')),
     endless_at=READY+FILM+msg(dict(kind='at', arrays={}, time=1, frames=5))*2, unasked=READY+FILM+msg(dict(kind='at', arrays=dict(x=['|u1',[3]]), time=1, frames=5), b'abc'))
 
 @pytest.mark.parametrize('kind', LIES)
@@ -208,7 +208,7 @@ def test_outputs(shop):
     c,_,err = shop(a, '--limit', 'bytes=1000'); assert c==1 and 'the cap is 1000. Remedy: raise Limits.bytes (--limit bytes=N)' in err
     Path('bad.mp4').write_bytes(b'x'); assert detect_main(['bad.mp4', 'bad.mp4'])==1 # no model is asked for
 
-def test_what_nobody_foresaw(shop, monkeypatch):
+def test_what_nobody_foresaw(shop, monkeypatch, capsys):
     "An odd error is that file's alone; Ctrl-C leaves what was judged"
     for n in 'abc': film(f'{n}.mp4')
     real = D.detect
@@ -219,9 +219,14 @@ def test_what_nobody_foresaw(shop, monkeypatch):
         monkeypatch.setattr(D, 'detect', f)
     odd(ZeroDivisionError('x')); c,_,err = shop('films', '--json', 'o.json'); got = json.loads(Path('o.json').read_text())
     assert c in (1,3) and [g['answer'] is None for g in got]==[False,True,False] and 'ZeroDivisionError' in got[1]['error']['reason'] and 'Traceback' not in err
-    odd(KeyboardInterrupt())
+    odd(KeyboardInterrupt()); write = D._write_json
+    def hasty(*a): [os.kill(os.getpid(), s) for s in (signal.SIGINT,signal.SIGTERM)]; time.sleep(.1); write(*a)
+    monkeypatch.setattr(D, '_write_json', hasty)
     with pytest.raises(KeyboardInterrupt): shop('films', '--json', 'p.json')
-    assert [g['path'] for g in json.loads(Path('p.json').read_text())]==['a.mp4']
+    got = json.loads(Path('p.json').read_text()); assert [(g['path'], bool(g['answer']), g.get('error', {}).get('reason')) for g in got]==[('a.mp4',True,None),('b.mp4',False,D.CUT),('c.mp4',False,D.CUT)]
+    assert f'    2  {D.CUT}' in capsys.readouterr().out and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt): shop('films/b.mp4', '--json', 'q.json')
+    assert json.loads(Path('q.json').read_text())['error']['reason']==D.CUT # one file alone: no older report stays in its place
 
 def test_terminated(tmp_path):
     "SIGTERM in mid-download: nothing is left"
@@ -260,6 +265,27 @@ def test_what_was_not_seen_is_not_real(tmp_path, asked):
     t = np.arange(40)/25+30*(np.arange(40)//14); r = detect(write_video(tmp_path/'pause.mkv', man, times=t, codec='libvpx-vp9', qp=30), yes).report
     assert r['answer']=='real' and r['video']['lost']==0 and r['video']['missing']>1000 and r['video']['bits_per_pixel']>.01 and 'times have no frame' in ' '.join(r['limits'])
 
+def remux(src, to, hold=0, shift=0, sound=0, **options):
+    "The same pictures, the last held for `hold` s, all of them `shift` s later, with `sound` s of silence"
+    with av.open(str(src)) as i, av.open(str(to), 'w', options=options) as o:
+        s = i.streams.video[0]; v,a = o.add_stream_from_template(s),o.add_stream('aac', rate=16000, layout='mono') if sound else None; got = [p for p in i.demux(s) if p.size]; by = int(shift/s.time_base)
+        if hold: max(got, key=lambda p: p.pts).duration = got[-1].duration = int(hold/s.time_base)
+        for p in got: p.pts,p.dts,p.stream = p.pts+by,p.dts+by,v
+        for k in range(0, int(16000*sound), 1024): f = av.AudioFrame.from_ndarray(np.zeros((1,1024), np.float32), 'fltp', 'mono'); f.sample_rate,f.time_base,f.pts = 16000,Fraction(1, 16000),k; got += a.encode(f)
+        for p in sorted(got+(a.encode(None) if a else []), key=lambda p: p.dts*p.time_base): o.mux(p)
+    return to
+
+def test_whole_files(tmp_path, asked):
+    "A last picture that is held, sound that goes on, a film that begins late, the transparency of an AVIF: 'real' can be said of them, and not of a part of them"
+    man,yes = VideoFile(sample('man')).read(0, 40)[0],always(asked, 'real'); film = mux(tmp_path/'film.mp4', [man]); pics = [PIL.Image.fromarray(f) for f in man[:20]]; half = tmp_path/'half'
+    pics[0].save(tmp_path/'held.gif', save_all=True, append_images=pics[1:], duration=[40]*19+[3000])
+    for p,long in ((tmp_path/'held.gif', 3.76), (remux(film, tmp_path/'held.mp4', hold=3), 4.5), (remux(film, tmp_path/'sound.mkv', sound=5), 1.6), (remux(film, tmp_path/'late.mkv', shift=3), 1.6), (remux(film, tmp_path/'late.mp4', shift=3, sound=5), 1.6)):
+        v = detect(p, yes).report; assert v['answer']=='real' and abs(v['video']['end']-v['video']['due'])<.1 and abs(v['video']['due']-long)<.15, (p.name, v['answer'], v['reason'], v['video'])
+    for p in (remux(film, tmp_path/'front.mp4', shift=3, sound=5, movflags='faststart'), tmp_path/'late.mkv', tmp_path/'sound.mkv'):
+        half.write_bytes((b := p.read_bytes())[:len(b)//2]); r = detect(half, yes).report; assert r['answer']==CANT and 'its header promises 1.6 s' in r['reason'], (p.name, r['answer'], r['reason'])
+    for p in pics[:2]: p.putalpha(100)
+    for n,more,count in (('a',{},1), ('b',dict(save_all=True, append_images=pics[1:2]),2)): pics[0].save(tmp_path/f'{n}.avif', **more); assert probe(tmp_path/f'{n}.avif')['streams']==count # the second is a cover and a film, of which the cover is looked at
+
 def test_url(shop):
     "Refused, unless it is asked for; then it comes through a cap, from the web alone, and keeps its secrets"
     class H(BaseHTTPRequestHandler):
@@ -285,6 +311,11 @@ def test_descriptors():
     code = 'import os,resource,sys\nfor k in (0,1): os.close(k)\nfrom deepfake_nb.detect import probe\nassert probe(sys.argv[1])["width"]==640\nresource.setrlimit(resource.RLIMIT_NOFILE, (2000, resource.getrlimit(resource.RLIMIT_NOFILE)[1])); x = [os.open("/dev/null", 0) for _ in range(1100)]\nassert max(x)>1023 and probe(sys.argv[1])["width"]==640'
     r = subprocess.run([sys.executable, '-c', code, str(sample('man'))], capture_output=True, text=True); assert r.returncode==0, r.stderr
 
+def test_sigchld_ignored():
+    "A parent that ignores SIGCHLD has its children buried at once: a reader that is gone is no error of its own"
+    code = 'import os,signal,sys,time\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nimport deepfake_nb.detect as D\nL = D.Limits(); fd = D._open(sys.argv[1], "x", L)\nwith D._Reader(fd, "x", L, probe=True) as r:\n r.message(),r.message()\n while os.path.exists(f"/proc/{r.process.pid}"): time.sleep(.01)\nD.READER = "pass"\ntry: D.probe(sys.argv[1])\nexcept D.DetectError as e: print(e)'
+    r = subprocess.run([sys.executable, '-c', code, str(sample('man'))], capture_output=True, text=True, timeout=60); assert r.returncode==0 and 'man.mp4: its reader ended early. ' in r.stdout, r.stderr
+
 def test_first_use_without_network(tmp_path):
     code = 'import sys\nfrom deepfake_nb.detect import probe,DetectError\ntry: probe(sys.argv[1])\nexcept DetectError as e: print(e)'
     r = subprocess.run([sys.executable, '-c', code, str(sample('man'))], capture_output=True, text=True, env=os.environ|dict(DEEPFAKE_NB_HOME=str(tmp_path), https_proxy='http://127.0.0.1:9', http_proxy='http://127.0.0.1:9'))
@@ -296,6 +327,19 @@ def test_a_taken_reader_takes_nobody_along(asked):
     tries = 'say = []\n for f in (os.fork, lambda: os.kill(os.getppid(), 0), lambda: os.posix_spawn("/bin/true", ["true"], {})):\n  try: f(); say.append("ALLOWED")\n  except OSError as e: say.append(type(e).__name__)\n raise ValueError(say)'
     with pytest.raises(DetectError) as e, mock.patch.object(D, 'READER', tracks(tries)): detect(sample('woman'), asked)
     assert 'ALLOWED' not in str(e.value) and str(e.value).count('PermissionError')==3
+    more = """
+ import ctypes,fcntl,resource as R
+ me,up,say,mine = os.getpid(),os.getppid(),[],[]; f = os.pipe()[0]
+ def call(n, *a):
+  if d._LIBC.syscall(n, *a)<0: raise OSError(ctypes.get_errno(), '')
+ for g in (lambda: R.prlimit(up, R.RLIMIT_NPROC), lambda: os.setpriority(os.PRIO_PROCESS, up, 1), lambda: os.sched_setaffinity(up, [0]), lambda: call(434, up, 0), lambda: call(438, f, 0, 0), lambda: call(425, 0, None),
+  lambda: fcntl.fcntl(f, 8, up), lambda: fcntl.fcntl(f, 10, 10), lambda: fcntl.fcntl(f, 15, bytes(8)), lambda: fcntl.ioctl(f, 0x8901, bytes(4))):
+  try: g(); say.append('ALLOWED')
+  except OSError as e: say.append(e.errno)
+ for g in (lambda: R.prlimit(0, R.RLIMIT_NOFILE), lambda: os.sched_setaffinity(0, os.sched_getaffinity(0)), lambda: fcntl.fcntl(f, fcntl.F_GETFL), lambda: fcntl.ioctl(f, 0x541B, bytes(4))): g(); mine.append(1)
+ raise ValueError(say, mine)"""
+    with pytest.raises(DetectError) as e, mock.patch.object(D, 'READER', tracks(more)): detect(sample('woman'), asked)
+    assert str(([1]*10, [1]*4)) in str(e.value), e.value
     with pytest.raises(DetectError) as e, mock.patch.object(D, 'READER', HEAD+'kid = os.fork()\nif not kid: time.sleep(1000)\nd._send(os.fdopen(out, "wb"), "error", reason=str(kid)); time.sleep(1000)'): detect(sample('woman'), asked)
     wait_for(lambda: not (p := Path(f'/proc/{e.value.reason}')).exists() or 'zombie' in (p/'status').read_text(), 10)
     assert D._unlocked(dict(no_files=True, no_network=True, no_children=True))=='' and 'Landlock' in D._unlocked({})

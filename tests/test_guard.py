@@ -1,6 +1,6 @@
 """The pod's own layers, with runpod/start.sh run for real: set-up, Lab, watchdog and plan are processes of this machine; `runpodctl`, `nvidia-smi` and the image's
 own start are small scripts, and the provider's API is a server on loopback. When the provider hears the stop, everything that belongs to the pod is killed."""
-import json,os,pty,re,signal,socket,stat,subprocess,sys,threading,time,urllib.error,urllib.request
+import json,os,pty,re,shutil,signal,socket,stat,subprocess,sys,tempfile,threading,time,urllib.error,urllib.request
 from pathlib import Path
 import psutil,pytest
 from common import wait_for as _wait
@@ -94,6 +94,14 @@ def pod(tmp_path):
     for p in pods: p.kill()
     assert not any(p.family() for p in pods)
 
+@pytest.fixture
+def volume():
+    "A place on a disk of its own, as a network volume is"
+    if not os.path.isdir('/dev/shm') or os.stat('/dev/shm').st_dev==os.stat('/').st_dev: pytest.skip('there is no second disk here')
+    d = Path(tempfile.mkdtemp(dir='/dev/shm')); yield d; shutil.rmtree(d)
+
+def on(volume, p): p.vol.rmdir(); p.vol.symlink_to(volume); return p
+
 def port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
@@ -146,13 +154,20 @@ def test_a_note_that_cannot_be_written_costs_no_deadline(pod):
     said = arm('arm_deadline 1; arm_deadline 9; deadline_left', **p.env); assert 'stops itself in 3600 s' in said and 'armed already' in said and 3590<int(said.split()[-1])<=3600 and len(p.of('deepfake_nb-deadline'))==1, said
     p.start('--no-lab', '--hours', '1', plan='sleep .2', seconds=3600); p.heard(); assert '--limit 3' in p.log
     assert 'NOT armed' in (said := arm('setsid() { return 1; }; arm_deadline 1 || echo failed', **p.env)) and 'failed' in said
+    assert 'NOT armed' in arm('setsid() { sleep 4; }; arm_deadline 1 # as the first command of a pod does, this one speaks of deepfake_nb-deadline', **p.env) # just forked, it is not armed yet
 
 @pytest.mark.parametrize('args', [('--no-lab',), ('--no-lab','--python','python9')])
 def test_a_second_start_ends_nothing(pod, args):
-    p = pod().start('--no-lab', plan='touch $BOX/plan; sleep 60'); wait_for((p.box/'plan').exists)
-    r = subprocess.run(['bash',ROOT/'runpod'/'start.sh','--off-volume','--volume',p.vol,*args], env=p.env, capture_output=True, text=True, timeout=30)
-    assert r.returncode==0 and 'at work here already' in r.stdout and not (p.box/'asked').exists() and p.of('sleep 60')
-    p.p.kill(); wait_for(lambda: subprocess.run(['flock','-n',p.box/'deadline.lock','true']).returncode==0) # nobody else holds it
+    "Nor does it give the first one a deadline, nor begin a second plan where only start.sh was killed"
+    p = pod().start('--no-lab', '--no-deadline', plan='touch $BOX/plan; sleep 60'); wait_for((p.box/'plan').exists); (p.box/'plan').unlink()
+    again = lambda: subprocess.run(['bash',ROOT/'runpod'/'start.sh','--off-volume','--volume',p.vol,*args], env=p.env, capture_output=True, text=True, timeout=30)
+    def nothing(r, who): assert r.returncode==0 and f'{who} is at work here already' in r.stdout and not (p.box/'asked').exists() and p.of('sleep 60') and not (p.box/'deadline').exists(), r.stdout+r.stderr
+    nothing(again(), 'start.sh'); p.p.kill(); wait_for(lambda: subprocess.run(['flock','-n',p.box/'deadline.lock','true']).returncode==0) # nobody else holds it
+    nothing(again(), 'a plan'); assert not (p.box/'plan').exists()
+
+def test_a_lock_that_cannot_be_had_is_no_lock_that_is_held(pod):
+    p = pod(); (p.box/'bin'/'flock').write_text('#!/bin/bash\nexit 71\n'); (p.box/'bin'/'flock').chmod(0o755)
+    p.start('--no-lab'); p.heard(); assert 'no lock at' in p.log and 'ship: 1 files' in p.log
 
 # ---- the image's own start
 
@@ -199,17 +214,19 @@ def test_shipping_fails_and_the_pod_is_stopped_not_terminated(pod):
     p = pod(); (p.vol/'file').write_text(''); p.start('--no-lab', '--terminate', '--ship', p.vol/'file'/'x', plan='mkdir -p runs/r; echo 1 > runs/r/run.json'); p.heard()
     assert p.asked()==['pod stop pod001'] and f'The results are still at {p.home}' in p.log and (p.home/'runs'/'r'/'run.json').exists()
 
-def test_terminated_only_when_all_arrived(pod):
-    p = pod(RUNPOD_VOLUME_ID='v1').start('--no-lab', '--terminate'); p.heard()
+def test_terminated_only_when_all_arrived(pod, volume):
+    p = on(volume, pod(RUNPOD_VOLUME_ID='v1')).start('--no-lab', '--terminate'); p.heard()
     assert p.asked()==['pod delete pod001'] and (p.box/'shipped first').exists()
 
 def test_the_only_copy_is_not_removed(pod):
-    "Without a network volume, results that lie on the pod would go with it"
-    p = pod().start('--no-lab', '--terminate', plan='mkdir -p models; echo best > models/m'); p.heard()
-    assert p.asked()==['pod stop pod001'] and 'not removed, only stopped' in p.log and 'RUNPOD_VOLUME_ID is not set' in p.log and 'models/m' in records(p)
+    "Without a network volume, or beside it, results that lie on the pod would go with it"
+    if os.stat(pod().box).st_dev!=os.stat('/').st_dev: pytest.skip('the temporary folder is on a disk of its own')
+    for env,why in (({}, 'RUNPOD_VOLUME_ID is not set'), (dict(RUNPOD_VOLUME_ID='v1'), "lies on the container's own disk")):
+        p = pod(**env).start('--no-lab', '--terminate', plan='mkdir -p models; echo best > models/m'); p.heard()
+        assert p.asked()==['pod stop pod001'] and 'not removed, only stopped' in p.log and why in p.log and 'models/m' in records(p)
 
-def test_a_removal_that_is_refused_becomes_a_stop(pod):
-    p = pod(RUNPOD_VOLUME_ID='v1', MAY_NOT='*pod').start('--no-lab', '--terminate')
+def test_a_removal_that_is_refused_becomes_a_stop(pod, volume):
+    p = on(volume, pod(RUNPOD_VOLUME_ID='v1', MAY_NOT='*pod')).start('--no-lab', '--terminate')
     wait_for(lambda: (p.box/'asked').exists() and 'pod stop pod001' in p.asked(), 30); p.kill()
     assert p.asked()[:7]==['pod delete pod001','remove pod pod001']*3+['pod stop pod001']
 
@@ -256,13 +273,30 @@ def test_a_plan_that_hangs_ships_before_the_watchdog_stops(pod):
     "The runner hears SIGTERM first; if it is deaf as well, the pod is stopped all the same"
     p = pod(); (p.box/'gpu').write_text('0\n'); p.start('--no-lab', '--idle-minutes', '.03', '--grace', '1', plan='mkdir -p runs/r; echo half > runs/r/run.json; sleep 600'); p.heard()
     assert 'The plan that is there is ended' in p.log and 'plan: SIGTERM' in p.log and 'runs/r/run.json' in records(p) and (p.box/'shipped first').exists()
-    from deepfake_nb.guard import runner_of,watch
-    deaf = subprocess.Popen(['bash','-c','trap "" TERM; sleep 60 & wait; wait','-m','deepfake_nb.guard','run'], start_new_session=True); h = p.box/'home'; (h/'pod').mkdir(parents=True); (h/'pod'/'runner').write_text(f'- {deaf.pid}'); t,ended = [0.],[]
-    try:
-        wait_for(lambda: runner_of(h)==deaf.pid); watch(h, 1., gpu=lambda: 0., renewed=lambda: False, sleep=lambda s: t.__setitem__(0, t[0]+s), now=lambda: t[0], stop=lambda: ended.append(t[0]), say=lambda s: None, last=2.)
-        assert ended==[180] and deaf.poll() is None
-    finally: os.killpg(deaf.pid, signal.SIGKILL); deaf.wait()
-    assert runner_of(h)==0
+    from deepfake_nb.guard import runners_of,watch
+    h = p.box/'home'; t,ended = [0.],[]; others = [subprocess.Popen([sys.executable,'-c',f'import signal,time; signal.signal({n}, signal.SIG_IGN); time.sleep(60)','deepfake_nb.guard','run','--'], env=p.env|dict(DEEPFAKE_NB_HOME=str(h))) for n in ('signal.SIGTERM','signal.SIGINT')]
+    try: # two beside each other, one of them deaf: both are told, and the deaf one is waited for
+        wait_for(lambda: sorted(runners_of(h))==sorted(o.pid for o in others)); time.sleep(.5)
+        watch(h, 1., gpu=lambda: 0., renewed=lambda: False, sleep=lambda s: (t.__setitem__(0, t[0]+s), time.sleep(.05)), now=lambda: t[0], stop=lambda: ended.append(t[0]), say=lambda s: None, last=2.)
+        assert ended==[180] and [o.poll() for o in others]==[None,-signal.SIGTERM]
+    finally: [o.kill() for o in others]; [o.wait() for o in others]
+    assert runners_of(h)==[]
+
+def test_a_plan_beside_another_leaves_it_to_be_told(pod):
+    "What start.sh itself recommends: the second plan's end is not the end of the first one's runner"
+    p = pod(); (p.box/'gpu').write_text('0\n'); p.start('--no-lab', '--idle-minutes', '.1', '--grace', '1', plan='mkdir -p runs/r; echo half > runs/r/run.json; touch $BOX/plan; sleep 600'); wait_for((p.box/'plan').exists)
+    subprocess.run([sys.executable,'-m','deepfake_nb.guard','run','--dest',p.box/'beside','--stay','--','true'], env=p.env, check=True, capture_output=True)
+    beside,first = json.loads((p.home/'pod'/'ending.json').read_text()).get('beside'),[q.pid for q in p.of('deepfake_nb.guard','--dest')]
+    p.heard(); assert 'The plan that is there is ended' in p.log and (p.box/'shipped first').exists() and 'runs/r/run.json' in records(p) and beside==first!=[]
+
+def test_shipped_by_hand_it_is_the_end_all_the_same(pod):
+    "Shipping failed; another pod of the volume does it. In the middle of a plan it is no end"
+    p = pod(); (p.vol/'file').write_text(''); p.start('--no-lab', '--ship', p.vol/'file'/'x', plan='mkdir -p runs/r; echo 1 > runs/r/run.json; exit 3'); p.heard(); assert 'ship: FAILED' in p.log
+    def by_hand():
+        subprocess.run([sys.executable,'-m','deepfake_nb.guard','ship',p.home/'shipped'], env=p.env|dict(RUNPOD_POD_ID='pod002'), check=True, capture_output=True); m = json.loads((p.home/'shipped'/'shipped.json').read_text()); return [m[k] for k in ('pod','final','code')]
+    assert by_hand()==['pod001',True,3]==by_hand()
+    p.run('run', '--dest', p.box/'away', '--stay', '--', 'bash', '-c', 'echo 2 > $DEEPFAKE_NB_HOME/runs/r/run.json; touch $BOX/plan; sleep 60'); wait_for((p.box/'plan').exists)
+    assert by_hand()==['pod002',False,None]; p.p.kill(); assert by_hand()==['pod002',False,None] # killed: it has no ending
 
 # ---- Lab, and secrets
 

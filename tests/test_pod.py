@@ -176,6 +176,12 @@ def test_a_redirect_takes_the_key_nowhere():
         with pytest.raises(Unsure): real(f).ask('GET', '/pods')
     assert got==['/v2/pods']
 
+def test_a_time_out_of_the_provider_is_no_refusal():
+    class Late(Fake):
+        def answer(self, *a): return 408,dict(title='Request Timeout')
+    with Late(key=KEY) as f:
+        with pytest.raises(Unsure, match='408'): real(f).ask('POST', '/pods', {})
+
 def cli(*a, env=None, **kw):
     return subprocess.run([sys.executable,'-c','import sys; from deepfake_nb.pod import pod_main; sys.exit(pod_main(sys.argv[1:]))',*map(str, a)], cwd=ROOT, env=os.environ|(env or {}), capture_output=True, text=True, timeout=120, **kw)
 
@@ -244,6 +250,8 @@ def rented(f, act, *a, volume='vol1'):
     "A launch that stays; `act()` happens when the pod is there"
     t = threading.Thread(target=lambda: (wait_for(lambda: f.pods), act())); t.start(); got = here(f, *LAUNCH, *(['--volume',volume] if volume else ['--lose-everything']), '--yes', *a); t.join(); return got
 
+def stopped(f): wait_for(lambda: sum(c[2]=='/v2/pods/pod001' for c in f.calls)>1); f.stop('pod001') # it was seen running
+
 def test_results_in_the_middle_are_no_end(tmp_path):
     with Fake(key=KEY) as f:
         def pod():
@@ -254,12 +262,19 @@ def test_results_in_the_middle_are_no_end(tmp_path):
 def test_a_plan_that_failed_is_no_success(tmp_path):
     for pull_it in ([],['--pull',tmp_path/'h']):
         with Fake(key=KEY) as f: code,said = rented(f, lambda: shipped(tmp_path/'v', dict(a=b'1'), code=1), '--source', tmp_path/'v', *pull_it); assert code==1 and 'exit code 1' in said; (tmp_path/'v/shipped.json').unlink()
-    with Fake(key=KEY) as f: code,said = rented(f, lambda: f.stop('pod001'), '--source', tmp_path/'v'); assert code==1 and 'was not shipped' in said
-    with Fake(key=KEY) as f: assert rented(f, lambda: f.stop('pod001'), '--source', tmp_path/'v', '--', '--no-plan')[0]==0
+    with Fake(key=KEY) as f: code,said = rented(f, lambda: stopped(f), '--source', tmp_path/'v'); assert code==3 and 'was not shipped' in said
+    with Fake(key=KEY) as f: assert rented(f, lambda: stopped(f), '--source', tmp_path/'v', '--', '--no-plan')[0]==0
+
+def test_an_end_that_nobody_here_can_see_is_no_success(tmp_path, monkeypatch):
+    for k in [k for k in os.environ if k.startswith('AWS')]: monkeypatch.delenv(k)
+    monkeypatch.setenv('HOME', str(tmp_path)); monkeypatch.setenv('AWS_EC2_METADATA_DISABLED', 'true')
+    for volume in ('vol1',''): # without its S3 keys; without any
+        for plan,want in (([],3), (['--','--no-plan'],0)):
+            with Fake(key=KEY) as f: code,said = rented(f, lambda: stopped(f), *plan, volume=volume); assert code==want and ('nobody here knows how the plan ended' in said)==(want==3), said
 
 def test_the_list_of_another_pod_touches_nothing(tmp_path):
     shipped(tmp_path/'v', {'table':b'OLD'}, 'pod000'); (tmp_path/'h').mkdir(); (tmp_path/'h/table').write_text('NEW')
-    with Fake(key=KEY) as f: code,said = rented(f, lambda: f.stop('pod001'), '--source', tmp_path/'v', '--pull', tmp_path/'h'); assert code==1 and 'results of pod000, not of pod001' in said and os.listdir(tmp_path/'h')==['table']
+    with Fake(key=KEY) as f: code,said = rented(f, lambda: stopped(f), '--source', tmp_path/'v', '--pull', tmp_path/'h'); assert code==3 and 'results of pod000, not of pod001' in said and os.listdir(tmp_path/'h')==['table']
     pull(tmp_path/'v', tmp_path/'h'); old, = (tmp_path/'h').glob('table.old-*'); assert (tmp_path/'h/table').read_text()=='OLD' and old.read_text()=='NEW'
     shipped(tmp_path/'v', {'table':b'THIRD'}); pull(tmp_path/'v', tmp_path/'h'); assert (tmp_path/'h/table').read_text()=='THIRD' and len(list((tmp_path/'h').glob('table.old-*')))==1 # what was pulled is not kept twice
 
@@ -271,6 +286,44 @@ def test_a_pull_that_cannot_be_is_refused_before_it_costs(tmp_path, monkeypatch)
         for a in (('--lose-everything',), ('--volume','vol1','--detach')): assert here(f, *LAUNCH, *a, *p)[0]==2 and here(f, *LAUNCH, *a, *p, '--dry-run')[0]==2
         code,said = here(f, *LAUNCH, '--volume', 'vol1', *p); assert code==2 and 'AWS_ACCESS_KEY_ID' in said and not f.pods
         (tmp_path/'file').write_text(''); assert here(f, *LAUNCH, '--volume', 'vol1', '--source', tmp_path/'file', *p)[0]==2 and not f.pods
+
+class Full(Fake):
+    "No card is available"
+    def answer(self, method, path, query, body): return (409,dict(title='no card available')) if (method,path)==('POST','/v2/pods') else super().answer(method, path, query, body)
+
+@pytest.mark.parametrize('bend', [dict(id=None), None], ids=str) # a row that nobody can read, a list that is out of order
+def test_a_refused_launch_ends_whatever_the_list_says(bend):
+    with Full(key=KEY) as f:
+        if bend: f.make({}, bend=bend)
+        def fault(m, p):
+            if len(f.calls)>99: f.key = 'withdrawn' # who looks for ever is ended
+            return '500' if not bend and (m,p)==('GET','/v2/pods') and any(c[1]=='POST' for c in f.calls) else None
+        f.fault = fault
+        code,said = here(f, *LAUNCH, '--lose-everything', '--yes'); assert code==1 and 'HTTP 409 no card available' in said.splitlines()[-1], said
+        assert len(f.calls)<25 and not any(p['end'] for p in f.pods.values())
+
+def test_a_pod_that_differs_is_stopped_though_no_list_can_be_had():
+    with Fake(key=KEY, price=.9) as f:
+        def fault(m, p):
+            if len(f.calls)>99: f.key = 'withdrawn' # who looks for ever is ended
+            return '500' if (m,p)==('GET','/v2/pods') and f.pods else None
+        f.fault = fault; code,said = here(f, *LAUNCH, '--lose-everything', '--yes'); assert code==1 and 'not what was asked for' in said and f.pods['pod001']['end']
+
+def interrupted(f, *waits):
+    "A launch that hears Ctrl-C after each of these; exit code, and what was said"
+    p = subprocess.Popen([sys.executable,'-c','import sys; from deepfake_nb.pod import pod_main; sys.exit(pod_main(sys.argv[1:]))',*LAUNCH,'--lose-everything','--yes','--api',f.url], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    try:
+        for w in waits: n = len(f.calls); wait_for(lambda: w() and len(f.calls)>n+1); assert p.poll() is None; p.send_signal(signal.SIGINT)
+        f.deaf = lambda id: False; return p.communicate(timeout=30)[1],p.returncode
+    finally: p.kill(); p.wait()
+
+def test_a_second_ctrl_c_ends_the_looking_and_not_the_stopping():
+    with Fake(key=KEY) as f: # nobody knows whether there is one
+        posted = lambda: any(c[1]=='POST' for c in f.calls); f.fault = lambda m, p: '500' if (m,p)==('POST','/v2/pods') or posted() and p=='/v2/pods' else None
+        said,code = interrupted(f, posted, posted); assert code==1 and 'is looked for' in said and 'nobody waited' in said
+    with Fake(key=KEY, price=.9) as f: # there is one, dearer than was asked for
+        f.deaf = lambda id: True; asked = lambda: any('action' in c[2] for c in f.calls)
+        said,code = interrupted(f, asked, asked); assert code and f.pods['pod001']['end'] and said.count('the pod is being stopped')==2
 
 def test_interrupted_between_launch_and_watch(monkeypatch):
     real_launch = RunPod.launch
@@ -284,6 +337,8 @@ def test_results_that_hang_do_not_outlive_the_deadline():
         made = f.make(dict(name='dfnb-ttl1-x')); api = real(f); asked,free = [],threading.Event()
         def hangs(): asked.append(1); free.wait()
         start = time.monotonic(); assert api.follow(made['id'], api.clock()+2, hangs, every=.2)=='deadline' and time.monotonic()-start<4 and len(asked)==1; free.set()
+
+def test_what_is_called_a_secret_here_is_what_the_pod_hides(): assert (P.HIDES,P.SHOWS)==(guard.SECRET,guard.OPEN) # chapters that must not need each other
 
 def test_what_a_dry_run_shows_is_what_is_sent():
     with Fake(key=KEY) as f:
@@ -305,14 +360,20 @@ def test_a_call_that_is_pasted_shows_no_key(tmp_path):
 def test_the_line_for_cron_runs_where_nothing_is_set(tmp_path):
     assert here(None, 'sweep', '--cron')[0]==2; k = tmp_path/'k 100%'; k.write_text(KEY); k.chmod(0o600)
     with Fake(key=KEY) as f:
-        r = cli('sweep','--cron','--key-file',k,'--api',f.url, env=dict(RUNPOD_API_KEY='')); cron,alone = r.stdout.splitlines(); assert r.returncode==0 and cron.startswith('* * * * * /')
+        r = cli('sweep','--cron','--key-file',k,'--api',f.url, env=dict(RUNPOD_API_KEY='')); cron,alone = r.stdout.splitlines(); assert r.returncode==0 and cron.startswith('* * * * * /') and '--most' not in cron
         for line in (cron[10:].replace('\\%', '%'), alone):
             old = f.make(dict(name='dfnb-ttl1-old'), createdAt=f.now()-7200); r = subprocess.run(['/bin/sh','-c',line], env=dict(PATH='/usr/bin:/bin', HOME='/nowhere', SHELL='/bin/sh', LOGNAME='x'), cwd='/', capture_output=True, text=True, timeout=60)
             assert old['status']=='EXITED' and 'stopped now' in r.stdout and (r.returncode==3 or 'exit code 3' in r.stdout), r.stderr
 
+def test_the_line_for_cron_is_the_sweep_that_was_asked_for(tmp_path):
+    k = tmp_path/'k'; k.write_text(KEY); k.chmod(0o600)
+    with Fake(key=KEY) as f:
+        lines = cli('sweep','--cron','--key-file',k,'--api',f.url,'--most','1','--patience','7.5').stdout.splitlines(); assert all('--most 1.0 --patience 7.5' in l for l in lines) and len(lines)==2
+        old = f.make(dict(name='dfnb-ttlsoon'), createdAt=f.now()-7200); subprocess.run(['/bin/sh','-c',lines[0][10:]], env={}, timeout=60, stdout=subprocess.DEVNULL); assert old['status']=='EXITED'
+
 def test_dry_run_needs_no_key_and_no_network():
     r = cli('launch','--hours','1','--budget','1','--volume','v','--repo',REPO,'--commit',COMMIT,'--dry-run', env=dict(RUNPOD_API_KEY='', RUNPOD_POD_ID=''))
-    assert r.returncode==0 and r.stdout.count('"$RUNPOD_API_KEY" | curl')==3, r.stderr
+    assert r.returncode==0 and r.stdout.count('"$RUNPOD_API_KEY" | curl')==4, r.stderr
     for a in (['sweep'],['list'],['stop','p1','--terminate','--lose-results'],['pull','a','b']): assert here(None, *a, '--dry-run', key=Key(name='NO_SUCH_VARIABLE'))[0]==0
 
 # --- signals: a process that watches is told to go
