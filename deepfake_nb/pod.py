@@ -756,9 +756,7 @@ def _launch(api, a, say):
     with _heard(api.say) as deaf:
         try: return _rented(api, a, order, first, until, source, say)
         except PodError: raise # whoever raised it has stopped what there was
-        except BaseException:
-            if order.name in api.before: api.away(order.name, deaf)
-            raise
+        except BaseException: order.name in api.before and api.away(order.name, deaf); raise
 
 # %% ../nbs/53_pod.ipynb #f30b9979
 def _reached(api, source, a, say): # can results be seen from here? asked before anything costs
