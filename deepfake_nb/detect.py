@@ -7,7 +7,7 @@ __all__ = ['READER', 'SLACK', 'LEAST', 'CANT', 'VIDEOS', 'IMAGES', 'CUT', 'Detec
            'Verdict', 'detect', 'detect_parser', 'probe', 'detect_main']
 
 # %% ../nbs/48_detect.ipynb #54cb7ccc
-import argparse,av,ctypes,cv2,fcntl,hashlib,json,math,os,platform,re,resource,select,signal,stat,struct,subprocess,sys,tempfile,threading,time,numpy as np
+import argparse,av,ctypes,cv2,fcntl,hashlib,json,math,os,platform,re,resource,select,signal,stat,struct,subprocess,sys,tempfile,time,numpy as np
 from collections import Counter,namedtuple
 from contextlib import contextmanager
 from dataclasses import asdict,dataclass,replace
@@ -15,7 +15,7 @@ from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from fastcore.basics import patch
-from .pack import PackError,atomic_write,home,sample
+from .pack import PackError,atomic_write,home,sample,signals
 from .video import Caps,VideoError,VideoFile,read_sound,_container,_packets
 from .faces import FaceDetector,FaceError,FaceMesh,face_tracks
 from .clips import SOUND_RATE,Clip,cut_sound,decode_crop,encode_crop
@@ -575,10 +575,10 @@ def _said(cal, file, each, rehearse=False):
 # %% ../nbs/48_detect.ipynb #7f4fc2b1
 def _sentence(x): x = x if isinstance(x, str) else '; '.join(map(str, x)); return x[:1].upper()+x[1:]+('' if x.endswith('.') else '.')
 def _percent(x): return f'{100*x:.3g} %'
-def _heads(n): return f"{n} {'person' if n==1 else 'people'}"
 
 def _rate(d, word, what, people):
     "A rate with what it rests on"
+    from deepfake_nb.export import _heads # late: it takes torch with it
     if d['k'] is None: return f"Nothing is called {word}: the {d['n']} {what} of {_heads(people)} cannot carry a rate of {_percent(d['rate'])}."
     share = f"a share of {_percent(d['share'])} where {'each person counts' if d['people']==people else 'each of them counts'} once; 95 % interval {_percent(d['lo'])} to {_percent(d['hi'])}"
     return f"'{word}' was fixed so that at most {_percent(d['rate'])} of {'reals' if word=='fake' else 'fakes'} get it; of the {d['n']} {what} of {_heads(people)} that it was fixed on {d['k']} did ({share})."
@@ -598,7 +598,7 @@ def _meaning(r, cal, file, k, heard=False):
         +("It is no probability." if r['probability'] is None else f"A temperature of {cal.temperature:.3g} makes {_percent(r['probability'])} of it: a probability where fakes are as frequent as in the calibration, and nowhere else."))
     if cal is None: out.append('There is no calibration: no answer but can\'t tell is given, whatever the score.')
     else:
-        from deepfake_nb.export import needed
+        from deepfake_nb.export import _heads,needed
         c = cal.counts; unit = f'{cal.unit}s'
         out += [_rate(file.false_alarms, 'fake', f'real {unit}', c['real_people']), _rate(file.misses, 'real', f'fake {unit}', c['fake_people'])]
         if k>1: out.append(f"With {k} faces there are {k+1} questions, the mean and each face, and their false alarms add up: " + (f"each face is asked at a rate of {_percent(r['calibration']['each']['false_alarms']['rate'])}, the mean at {_percent(file.false_alarms['rate'])}." if r['calibration']['each']['fake_at'] is not None else 'the calibration is too small to ask each face alone, so only the mean can say fake.'))
@@ -892,7 +892,7 @@ CUT = 'not judged: interrupted'
 @patch
 def end(self:_Run):
     "What was judged is written, however it ended, and what was not is named; no second Ctrl-C comes in between"
-    with _signals(signal.SIG_IGN, signal.SIGTERM, signal.SIGINT):
+    with signals(signal.SIG_IGN, signal.SIGTERM, signal.SIGINT):
         self.reports += [_entry(f.where, error=dict(reason=CUT, remedy='ask again')) for f in self.files[len(self.reports):]]
         rest = [_entry(s.where, skipped={s.reason:1}) for s in self.skipped]
         if self.a.json: e = _tried(_words(self.a.json), _write_json, self.a.json, self.reports+rest if self.many else self.reports[0]); isinstance(e, DetectError) and self.fail(e)
@@ -904,7 +904,7 @@ def detect_main(
 )->int: # exit code
     "`deepfake-nb detect`"
     a = detect_parser().parse_args(argv)
-    with _signals(lambda *_: sys.exit(143), signal.SIGTERM): # it ends us as an error does: no reader and no download is left behind, and what was judged is written
+    with signals(lambda *_: sys.exit(143), signal.SIGTERM): # it ends us as an error does: no reader and no download is left behind, and what was judged is written
         try: run = _Run(a)
         except DetectError as e: return _complain(e) or 2
         try:
@@ -915,16 +915,6 @@ def detect_main(
 # %% ../nbs/48_detect.ipynb #61fbdc53
 def _complain(e): print(f'deepfake-nb detect: {e}', file=sys.stderr)
 def _entry(where, **more): return dict(format='deepfake_nb verdict 1', file=dict(name=_words(os.path.basename(where['path']))), answer=None, **where, **more)
-
-# %% ../nbs/48_detect.ipynb #e917f653
-@contextmanager
-def _signals(how, *which):
-    "For a while these signals are answered so; only a main thread can say that"
-    if threading.current_thread() is not threading.main_thread(): yield; return
-    old = [(s, signal.signal(s, how)) for s in which]
-    try: yield
-    finally:
-        for s,h in old: signal.signal(s, h)
 
 # %% ../nbs/48_detect.ipynb #aab9f33b
 def _checked(a):

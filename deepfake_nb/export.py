@@ -9,7 +9,7 @@ __all__ = ['OPSET', 'Parity', 'RATES', 'LIMITS', 'ExportError', 'Point', 'needed
            'export_main']
 
 # %% ../nbs/47_export.ipynb #92c4957c
-import argparse,csv,fcntl,hashlib,json,math,os,re,shutil,sys,uuid,warnings
+import argparse,csv,fcntl,hashlib,json,math,os,re,shutil,sys,warnings
 import numpy as np,pandas as pd,timm,torch
 from collections import namedtuple
 from contextlib import ExitStack,contextmanager

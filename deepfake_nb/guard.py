@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['API', 'SECRET', 'OPEN', 'WORDS', 'SIGNS', 'PARTS', 'LEFT_OUT', 'ENDING', 'GuardError', 'secret_names', 'clean_env',
            'redacted', 'tell', 'known', 'within', 'ask_ctl', 'ask_rest', 'ways', 'stop_self', 'end_pod', 'end_by',
-           'gpu_use', 'busy_kernels', 'Renewed', 'Idle', 'runners_of', 'watch', 'kept', 'ship', 'heard', 'run_plan',
-           'gone_with', 'run_and_stop', 'ending_of', 'cache_weights', 'guard_parser', 'guard_main']
+           'gpu_use', 'busy_kernels', 'Renewed', 'Idle', 'runners_of', 'watch', 'kept', 'ship', 'run_plan', 'gone_with',
+           'run_and_stop', 'ending_of', 'cache_weights', 'guard_parser', 'guard_main']
 
 # %% ../nbs/53b_guard.ipynb #8580ec16
 import argparse,hashlib,http.client,json,os,posixpath,re,signal,subprocess,sys,threading,time,urllib.parse,urllib.request
 import fsspec
-from contextlib import contextmanager
 from datetime import datetime,timezone
 from functools import partial
 from pathlib import Path
-from .pack import ITEMS,PackError,atomic_write,extract,home,read_json,sha256,write_json
+from .pack import ITEMS,PackError,atomic_write,extract,home,read_json,sha256,signals,write_json
 
 # %% ../nbs/53b_guard.ipynb #a3a39dba
 class GuardError(Exception): "Something that ends a pod, or ships its results, and cannot work as asked: what, and the remedy"
@@ -356,16 +355,6 @@ def _local(fs): return 'file' in (fs.protocol if isinstance(fs.protocol, tuple) 
 # %% ../nbs/53b_guard.ipynb #4a67a1c8
 ENDING = (signal.SIGTERM,signal.SIGINT,signal.SIGHUP)
 
-@contextmanager
-def heard(
-    f, # (signal, frame)
-):
-    "What would end this process is told to `f` instead; but for a thread, which no signal reaches"
-    here = threading.current_thread() is threading.main_thread(); old = {s:signal.signal(s, f) for s in ENDING if here}
-    try: yield
-    finally:
-        for s,h in old.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
-
 # %% ../nbs/53b_guard.ipynb #d5a0327a
 def _to_group(pid, sig):
     try: os.killpg(pid, sig)
@@ -385,7 +374,7 @@ def run_plan(
 )->int: # its exit code
     "Run a command without our secrets, in a group of its own; a signal to us is one to it"
     got,start = [] if got is None else got,now()
-    with heard(lambda n, f: got.append(n)):
+    with signals(lambda n, f: got.append(n), *ENDING):
         p = subprocess.Popen(argv, env=clean_env(keep=keep), start_new_session=True, stdin=subprocess.DEVNULL, **kw)
         try:
             while p.poll() is None and not got and (limit is None or now()-start<limit): sleep(.2)
@@ -437,7 +426,7 @@ def run_and_stop(
     def begin(): pod.mkdir(exist_ok=True); (pod/'ending.json').unlink(missing_ok=True) # of a plan before this one
     def end(): write_json(pod/'ending.json', dict(argv=[redacted(a) for a in argv], beside=[p for p in runners_of(source) if p!=os.getpid()], code=code, ended=f'{datetime.now(timezone.utc):%FT%TZ}', pod=known('RUNPOD_POD_ID')))
     try:
-        with heard(lambda n, f: got.append(n)): # the plan is told; from its end until all has arrived, nobody
+        with signals(lambda n, f: got.append(n), *ENDING): # the plan is told; from its end until all has arrived, nobody
             try: _note(begin, say); code = plan(argv, limit, grace, keep, say=say); say(f'plan: exit {code}')
             finally:
                 if source.is_dir(): _note(end, say)

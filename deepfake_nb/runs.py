@@ -8,7 +8,7 @@ __all__ = ['TYPES', 'DIFF', 'DONE_MIME', 'STALE', 'LIMIT', 'EXIT', 'DEAD', 'RunE
            'process_alive', 'machine_id', 'Record', 'run_stage', 'index', 'compare']
 
 # %% ../nbs/50_runs.ipynb #50e25c9c
-import ast,difflib,hashlib,json,os,platform,runpy,secrets,shutil,signal,subprocess,sys,threading,time
+import ast,difflib,hashlib,json,os,platform,runpy,secrets,shutil,signal,subprocess,sys,time
 import importlib.util,nbformat,pandas as pd,papermill as pm,psutil
 from contextlib import contextmanager,nullcontext
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from datetime import datetime,timezone
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
-from .pack import atomic_write,file_time,read_json,sha256,tree_sha256,write_json
+from .pack import atomic_write,file_time,read_json,sha256,signals,tree_sha256,write_json
 from .journal import METRICS_MIME,lift_metrics
 
 # %% ../nbs/50_runs.ipynb #1900c304
@@ -277,14 +277,8 @@ def _sweep(folder, grace): # nothing of a run outlives it
 @contextmanager
 def _signals():
     "Collect SIGINT, SIGTERM and SIGHUP instead of dying of them; what nobody used is sent again at the end"
-    got = []
-    if threading.current_thread() is not threading.main_thread(): yield got; return # only a main thread receives signals
-    old = {s:signal.getsignal(s) for s in (signal.SIGINT,signal.SIGTERM,signal.SIGHUP)}
-    if old[signal.SIGHUP]==signal.SIG_IGN: del old[signal.SIGHUP] # nohup
-    for s in old: signal.signal(s, lambda n,_: got.append(signal.Signals(n)))
-    try: yield got
-    finally:
-        for s,h in old.items(): signal.signal(s, signal.SIG_DFL if h is None else h)
+    got = []; which = [signal.SIGINT,signal.SIGTERM]+[signal.SIGHUP]*(signal.getsignal(signal.SIGHUP)!=signal.SIG_IGN) # nohup
+    with signals(lambda n,_: got.append(signal.Signals(n)), *which): yield got
     if got: os.kill(os.getpid(), got[0])
 
 # %% ../nbs/50_runs.ipynb #90d77d49

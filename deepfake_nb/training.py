@@ -8,7 +8,7 @@ __all__ = ['OPTIMIZERS', 'STAGES', 'TrainingError', 'TrainConfig', 'cosine_lr', 
            'Stage', 'stage_config']
 
 # %% ../nbs/35_training.ipynb #468c2b53
-import hashlib,math,random,signal,statistics,threading,time
+import hashlib,math,random,signal,statistics,time
 import numpy as np,torch
 from collections import deque
 from contextlib import ExitStack,contextmanager,nullcontext
@@ -16,7 +16,7 @@ from dataclasses import dataclass,field,asdict,replace
 from fastcore.basics import patch,store_attr
 from pathlib import Path
 from torch.optim.swa_utils import AveragedModel,get_ema_multi_avg_fn
-from .pack import read_json
+from .pack import read_json,signals
 from .batches import pair_loader
 from .checkpoints import Lease,describe,estimate,fill,latest,load_checkpoint,room,save_checkpoint,save_weights,tidy
 from .shelf import finished,mark_finished
@@ -405,15 +405,11 @@ def stop_signals(
     on, # called with the signal's name at the first
 ):
     "SIGTERM and SIGINT ask for a stop, a second one insists; the old handlers come back. Only the main thread can"
-    if threading.current_thread() is not threading.main_thread(): yield; return
     seen = []
     def handle(n, frame):
         if seen: raise KeyboardInterrupt
         seen.append(n); on(signal.Signals(n).name)
-    old = {n:signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
-    try: yield
-    finally:
-        for n,h in old.items(): signal.signal(n, signal.SIG_DFL if h is None else h)
+    with signals(handle, signal.SIGTERM, signal.SIGINT): yield
 
 # %% ../nbs/35_training.ipynb #766c2a74
 @patch
