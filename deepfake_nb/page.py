@@ -15,14 +15,14 @@ from .pack import atomic_write
 from .clips import decode_crop,encode_crop
 from .wavelets import BANDS
 from .evidence import band_levels,explain,overlay,smoothed
-from .detect import _middle,_sentence as _said,detect_parser
+from .detect import _middle,_sentence as _said,_words,detect_parser
 
 # %% ../nbs/48b_page.ipynb #5184c08c
 class Markup(str): "Text that is HTML already"
 
 def plain(x)->str:
     "Any text on one line, without characters that cannot be seen"
-    return ''.join(c if c.isprintable() else '?' for c in str(x))
+    return _words(x, None)
 
 # %% ../nbs/48b_page.ipynb #367ce571
 _VOID = {'meta','img','br','link','rect','line','circle','path','polyline','use'}

@@ -31,7 +31,7 @@ stops() { # what ends this pod, said before anything else: the deadline and what
   say "at worst this costs \$$(awk -v h="$HOURS" -v p="$PRICE" 'BEGIN{printf "%.2f", h*p}'): $HOURS h at \$$PRICE an hour, and its disks; with a plan that ends, less"
   arm "$HOURS"
 }
-SECRET='KEY|TOKEN|SECRET|PASSW|CREDENTIAL' # names of variables that no plan, notebook or Lab is given; PUBLIC_KEY is none (guard.py has the same words)
+SECRET='KEY|TOKEN|SECRET|PASSW|CREDENTIAL' # names of variables that no plan, notebook or Lab is given; PUBLIC_KEY is none (`is_secret` of chapter 1 has the same words)
 hidden() { # hidden [NAME ...]: words for env that take them away, but not those named
   local n; for n in $(compgen -e); do if [[ ${n^^} =~ $SECRET && " PUBLIC_KEY $* " != *" $n "* ]]; then printf -- '-u\n%s\n' "$n"; fi; done
 }

@@ -338,8 +338,6 @@ def test_results_that_hang_do_not_outlive_the_deadline():
         def hangs(): asked.append(1); free.wait()
         start = time.monotonic(); assert api.follow(made['id'], api.clock()+2, hangs, every=.2)=='deadline' and time.monotonic()-start<4 and len(asked)==1; free.set()
 
-def test_what_is_called_a_secret_here_is_what_the_pod_hides(): assert (P.HIDES,P.SHOWS)==(guard.SECRET,guard.OPEN) # chapters that must not need each other
-
 def test_what_a_dry_run_shows_is_what_is_sent():
     with Fake(key=KEY) as f:
         code,said = here(f, *LAUNCH, '--volume', 'vol1', '--data-center', 'EU-RO-1', '--dry-run'); assert not f.calls; shown = json.loads(shlex.split(said.splitlines()[-1])[-1]); keys = json.loads(shlex.split(here(f, *LAUNCH, '--volume', 'vol1', '--dry-run')[1].splitlines()[-1])[-1])
